@@ -1,0 +1,70 @@
+"""Every parameter of the model trains and travels (McMahan et al. 2017, arXiv 1602.05629)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedpeft.errors import ModelError
+from fedpeft.models._outline import Outline
+from fedpeft.rng import derive
+from fedpeft.spec import method
+from fedpeft.types import Attached, Roles, Shapes, Tensors
+
+if TYPE_CHECKING:
+    from fedpeft.models._base import Base
+
+
+@method
+class Full:
+    """No adapter: the model itself. Clients train one at a time."""
+
+    def shapes(self, outline: Outline) -> Shapes:
+        """Return every parameter; tied ones once."""
+        return outline.parameters
+
+    def roles(self, shapes: Shapes, round: int) -> Roles:
+        """Everything trains and travels."""
+        everything = frozenset(shapes)
+        return Roles(train=everything, down=everything, up=everything)
+
+    def initial(self, base: Base, shapes: Shapes, seed: int) -> Tensors:
+        """Copy the pretrained parameters; a new head is drawn by name."""
+        own = {name: p.detach().cpu().numpy().copy() for name, p in base.model.named_parameters()}
+        return {**own, **{name: _new(name, s, seed) for name, s in base.outline.head.items()}}
+
+    def attach(self, base: Base) -> Attached:
+        """Call the model as a function of its parameters."""
+        from fedpeft.adapters._functional import Functional
+
+        return Functional(base)
+
+    def export(self, base: Base, tensors: Tensors, folder: Path) -> None:
+        """Write a ``transformers`` model folder."""
+        import torch
+
+        state = {k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}
+        base.model.save_pretrained(folder, state_dict=state)
+        base.tokenizer.save_pretrained(folder)
+
+    def restore(self, folder: Path, shapes: Shapes) -> Tensors:
+        """Read such a folder. Raises ``ModelError`` where a parameter is missing or misshapen."""
+        from safetensors.torch import load_file
+
+        path = folder / "model.safetensors"
+        if not path.is_file():
+            raise ModelError(f"{folder}: no model.safetensors; give a model folder")
+        found = {k: v.float().numpy() for k, v in load_file(path).items()}
+        for name, shape in shapes.items():
+            if name not in found or found[name].shape != shape:
+                raise ModelError(f"{path}: {name} of shape {shape} is missing")
+        return {name: found[name] for name in shapes}
+
+
+def _new(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    if name.endswith("bias"):
+        return np.zeros(shape, np.float32)
+    values = 0.02 * derive(seed, "adapter", name).standard_normal(shape)
+    return values.astype(np.float32)

@@ -1,0 +1,1 @@
+"""One file per aggregator; from many updates to one step."""

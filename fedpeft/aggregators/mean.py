@@ -1,0 +1,30 @@
+"""Weighted mean of the updates (McMahan et al. 2017, arXiv 1602.05629)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from fedpeft.spec import method
+from fedpeft.types import Step, Tensors, Update, Weights
+
+
+@method
+class Mean:
+    """``sum(w_i * delta_i) / denominator``, one running float64 sum whatever the cohort's size."""
+
+    offers: ClassVar[Mapping[str, str]] = {"linear": "a function of the weighted sum alone"}
+
+    def reduce(self, updates: Iterable[Update], params: Tensors, weights: Weights) -> Step:
+        """Add up in the order given."""
+        total = {name: np.zeros(value.shape) for name, value in params.items()}
+        scratch = {value.shape: np.empty(value.shape) for value in params.values()}
+        for update in updates:
+            share = update.weight / weights.denominator
+            for name, value in update.delta.items():
+                part = scratch[value.shape]
+                np.multiply(value, share, out=part)
+                total[name] += part
+        return Step({name: value.astype(np.float32) for name, value in total.items()})

@@ -1,0 +1,1 @@
+"""One file per cohort; whom the server asks in a round."""

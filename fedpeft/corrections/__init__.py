@@ -1,0 +1,1 @@
+"""One file per correction; what pulls local steps together."""

@@ -1,0 +1,67 @@
+"""Which records go into a batch: records of similar length, so that little is padded."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.errors import DataError
+
+
+def batches(
+    lengths: Sequence[int], batch: int, rng: np.random.Generator, window: int = 50
+) -> Iterator[NDArray[np.int64]]:
+    """Yield one epoch: each record's index once, in batches of ``batch``.
+
+    Records are shuffled, each window of ``window`` batches is sorted by length (in tokens) and
+    cut, and the batches are shuffled. What does not fill a batch comes last and is drawn before
+    sorting: otherwise the short batch, whose records weigh more, would hold the longest records.
+    Raises ``DataError`` for ``batch`` or ``window`` below 1.
+    """
+    _check(batch=batch, window=window)
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order = rng.permutation(len(sizes))
+    whole = len(order) - len(order) % batch
+    cut: list[NDArray[np.int64]] = []
+    for start in range(0, whole, window * batch):
+        members = order[start : min(start + window * batch, whole)]
+        members = members[np.argsort(sizes[members], kind="stable")]
+        cut.extend(members.reshape(-1, batch))
+    shuffled = [cut[i] for i in rng.permutation(len(cut))]
+    rest = order[whole:]
+    return iter([*shuffled, rest] if len(rest) else shuffled)
+
+
+def stream(
+    lengths: Sequence[int], batch: int, rng: np.random.Generator, steps: int, window: int = 50
+) -> Iterator[NDArray[np.int64]]:
+    """Yield exactly ``steps`` batches: one epoch of :func:`batches` after the other.
+
+    An epoch of n records is ``ceil(n / batch)`` steps, the last one short where ``batch`` does not
+    divide n; with n below ``batch`` every batch is all n records. Raises ``DataError`` where there
+    is no record.
+    """
+    _check(batch=batch, window=window)
+    if not len(lengths):
+        raise DataError("there is no record to train on; leave this client out")
+    epochs = (batches(lengths, batch, rng, window) for _ in itertools.count())
+    return itertools.islice(itertools.chain.from_iterable(epochs), steps)
+
+
+def by_length(lengths: Sequence[int], batch: int) -> list[NDArray[np.int64]]:
+    """Return batches for evaluation, the longest records first; equal lengths keep their order.
+
+    What does not fit into memory then fails at once. Raises ``DataError`` for ``batch`` below 1.
+    """
+    _check(batch=batch)
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    return [order[start : start + batch] for start in range(0, len(order), batch)]
+
+
+def _check(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise DataError(f"{name}={value} must be at least 1")

@@ -1,0 +1,145 @@
+"""Where data files lie, how they are read, and the digest that names what they hold."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import date, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from fedpeft.errors import DataError, SpecError
+from fedpeft.types import Row, Splits
+
+FOLDER_VARIABLE = "FEDPEFT_DATA"
+DEFAULT_FOLDER = "../shared/data"
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+def check_paths(method: str, **given: str | None) -> None:
+    """Check that every field names a file, or several with commas between them.
+
+    Raises ``SpecError`` naming the field.
+    """
+    for field, value in given.items():
+        if value is not None and not all(_names(value)):
+            raise SpecError(
+                f"{method}: {field}={value!r} must name a file, or several as "
+                f'{field}="a.{method},b.{method}"'
+            )
+
+
+def load(parse: Callable[[Path, str], list[Row]], train: str, test: str | None) -> Splits:
+    """Read the files of both splits with ``parse``, which gets a path and its text.
+
+    A gzip'd file is known by its first bytes, whatever its name. The fingerprint is the sha256 of
+    the files' bytes, in order, with each split's name and each file's length before it.
+    Raises ``DataError`` where a file is missing, unreadable, not UTF-8, damaged or empty.
+    """
+    given = {"train": train} if test is None else {"train": train, "test": test}
+    paths = {split: [find(name) for name in _names(value)] for split, value in given.items()}
+    rows: dict[str, list[Row]] = {split: [] for split in paths}
+    digest = hashlib.sha256()
+    for split, files in paths.items():
+        digest.update(f"{split}\n".encode())
+        for path in files:
+            raw = _read(path)
+            digest.update(f"{len(raw)}\n".encode())
+            digest.update(raw)
+            found = parse(path, _text(path, raw))
+            if not found:
+                raise DataError(f"{path}: the file holds no records; take it out of {split}")
+            rows[split] += found
+    return Splits(train=rows["train"], test=rows.get("test"), fingerprint=digest.hexdigest())
+
+
+def find(name: str) -> Path:
+    """Return the file that ``name`` means.
+
+    An absolute path, or one that starts with ``~``, is taken as it is. A relative one is looked
+    for in the working directory, then in the folder ``$FEDPEFT_DATA`` (``../shared/data`` where
+    that is not set). Raises ``DataError`` listing every place looked.
+    """
+    given = Path(os.path.expanduser(name))
+    places = [given]
+    if not given.is_absolute():
+        places.append(Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER).expanduser() / given)
+    for place in places:
+        if os.path.exists(place) and not os.path.isdir(place):
+            return place
+    looked = " and ".join(os.path.abspath(place) for place in places)
+    raise DataError(f"cannot find the file {name!r}: looked for {looked}; {_remedy(places)}")
+
+
+def fingerprint_rows(train: Sequence[Row], test: Sequence[Row] | None) -> str:
+    """Return the sha256 (hex) of the rows of both splits as canonical JSON.
+
+    Raises ``DataError`` where a value has no stable spelling.
+    """
+    digest = hashlib.sha256(b"train\n")
+    digest.update(b"".join(_canonical(train)))
+    if test is not None:
+        digest.update(b"test\n" + b"".join(_canonical(test)))
+    return digest.hexdigest()
+
+
+def _names(given: str) -> list[str]:
+    return [name.strip() for name in given.split(",")]
+
+
+def _remedy(places: Sequence[Path]) -> str:
+    if folder := next((p for p in places if os.path.isdir(p)), None):
+        return f"{folder} is a folder, name the files in it"
+    parents = [p.parent for p in places if os.path.isdir(p.parent)]
+    near = difflib.get_close_matches(
+        places[0].name, sorted({n for p in parents for n in os.listdir(p)}), n=1, cutoff=0.6
+    )
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"check the name, or set {FOLDER_VARIABLE} to the folder that holds it"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its rights") from error
+
+
+def _text(path: Path, raw: bytes) -> str:
+    if raw.startswith(_GZIP_MAGIC):
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: damaged gzip data ({error}); copy it again") from error
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+def _canonical(rows: Iterable[Row]) -> Iterator[bytes]:
+    for row in rows:
+        text = json.dumps(
+            dict(row), sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=_spelled
+        )
+        yield text.encode() + b"\n"
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, date | time | timedelta | Decimal):  # a datetime is a date
+        return str(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    raise DataError(f"a {type(value).__name__} cannot be fingerprinted; drop its column")

@@ -1,0 +1,275 @@
+"""The loop over rounds: the same for a simulation and for a federation of machines."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedpeft.baselines import compare
+from fedpeft.checkpoint import Checkpoint
+from fedpeft.engine.base import Engine
+from fedpeft.errors import RunError
+from fedpeft.evaluation import evaluated_clients, summarise
+from fedpeft.export import write_adapter
+from fedpeft.federation import Federation, deal
+from fedpeft.models._base import fingerprint
+from fedpeft.plan import Plan
+from fedpeft.rng import derive
+from fedpeft.rounds import Report, ServerState, broadcast, header, server_round, start
+from fedpeft.run_folder import RunFolder
+from fedpeft.site import Site
+from fedpeft.types import Metrics, Tensors
+from fedpeft.wire import Buffers
+from fedpeft.wire import size as message_size
+
+Line = Mapping[str, Any]
+
+
+class Watch(Protocol):
+    """Who is told how a run goes: the command line's progress bar, or nobody."""
+
+    def begin(self, plan: Plan, round: int) -> None:
+        """A run begins, or goes on at ``round``."""
+        ...
+
+    def client(self, done: int, cohort: int) -> None:
+        """``done`` of the cohort have answered."""
+        ...
+
+    def round(self, line: Line) -> None:
+        """A round is durable."""
+        ...
+
+    def compare(self, name: str, done: int, total: int) -> None:
+        """A comparison has seen ``done`` of ``total`` records."""
+        ...
+
+
+class Quiet:
+    """Tells nobody."""
+
+    def begin(self, plan: Plan, round: int) -> None:
+        """Say nothing."""
+
+    def client(self, done: int, cohort: int) -> None:
+        """Say nothing."""
+
+    def round(self, line: Line) -> None:
+        """Say nothing."""
+
+    def compare(self, name: str, done: int, total: int) -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a finished run is: its table, the lines of its rounds and the adapter's tensors."""
+
+    plan: Plan
+    table: Mapping[str, Any]
+    history: Sequence[Line]
+    tensors: Tensors
+    folder: Path | None = None
+
+
+@dataclass
+class _Run:
+    """A run under way; ``drive`` builds one."""
+
+    plan: Plan
+    site: Site
+    engine: Engine
+    folder: RunFolder | None
+    watch: Watch
+    run: str
+    history: list[Line] = field(default_factory=list)
+
+
+def input_digests(plan: Plan, federation: Federation) -> tuple[str, ...]:
+    """Return digests of the data, the model and the warm start: inputs that the lines only name."""
+    found = [federation.splits.fingerprint, fingerprint(plan.model)]
+    if plan.warm_start is not None:
+        from fedpeft.export import folder_digest
+
+        found.append(folder_digest(Path(plan.warm_start)))
+    return tuple(found)
+
+
+def simulate(
+    plan: Plan,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+    watch: Watch | None = None,
+) -> Result:
+    """Run ``plan`` with all its clients in this process.
+
+    With ``out`` the run leaves a folder behind (see ``run_folder.py``) and can be resumed after a
+    kill with the same result, bit for bit. Raises ``FedPeftError`` for what the user can mend.
+    """
+    from fedpeft.engine.inline import Inline
+    from fedpeft.memory import InProcess
+
+    federation = deal(plan)
+    if out is None:
+        with contextlib.closing(Site(plan, federation, device)) as site:
+            return drive(plan, site, Inline(site, InProcess()), None, watch or Quiet())
+    inputs = input_digests(plan, federation)
+    with RunFolder(Path(out), plan, inputs, resume=resume) as folder:
+        if folder.finished:
+            return _finished(plan, folder)
+        with contextlib.closing(Site(plan, federation, device)) as site:
+            return drive(plan, site, Inline(site, folder.memories), folder, watch or Quiet())
+
+
+def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watch: Watch) -> Result:
+    """Run the rounds that are left, export the adapter and write the final table."""
+    run = _Run(plan, site, engine, folder, watch, folder.run if folder else "in-process")
+    found = folder.load() if folder else None
+    at = found or Checkpoint(start(plan, site.tables, site.initial))
+    run.history = list(folder.history()) if folder else []
+    watch.begin(plan, at.state.round)
+    board = _board(folder, at.state.round)
+    while at.state.round < plan.rounds and not _exhausted(plan, at):
+        at = _one_round(run, at)
+        if folder:
+            folder.save(at)
+        run.history.append(at.line)
+        board(at.line)
+        watch.round(at.line)
+    shared = at.best_params if plan.keep_best and at.best_params else at.state.params
+    tensors = {**site.initial, **shared}
+    if folder:
+        write_adapter(folder.path / "adapter", plan, site, tensors, run.history)
+    done = folder.compared() if folder else {}
+    keep = folder.write_compared if folder else None
+    table = _table(run, at, compare(plan, site, run.history, tensors, done, keep, watch.compare))
+    if folder:
+        folder.finish(table)
+    return Result(plan, table, run.history, tensors, folder.path if folder else None)
+
+
+def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
+    began, plan, state = time.perf_counter(), run.plan, at.state
+    population = run.engine.population()
+    names = list(population)
+    cohort = plan.cohort.choose(names, derive(plan.seed, state.round, "cohort"))
+    weights = plan.weighting.weigh(cohort, population, plan.cohort.expected(len(names)))
+    body = broadcast(plan, run.site.tables, state)
+    sent = {"bytes": 0}
+
+    def requests() -> Iterator[tuple[str, Buffers]]:
+        for client in cohort:
+            message = body.seal(header(state, run.run, client))
+            sent["bytes"] += message_size(message)
+            yield client, message
+
+    answers = _in_order(run.engine.exchange(requests()), cohort, run.watch.client)
+    after, report = server_round(
+        plan, run.site.tables, state, run.run, population, weights, answers
+    )
+    line = _line(state, cohort, report, sent["bytes"])
+    line |= _evaluate(run, after)
+    best, params = at.best, at.best_params
+    if plan.keep_best and plan.keep_best in line:
+        best = best.after(state.round, float(line[plan.keep_best]), plan.keep_best)
+        params = after.params if best.round == state.round else params
+    elif plan.keep_best and after.round % plan.eval_every == 0:
+        measured = ", ".join(k for k in line if "/" in k) or "nothing"
+        raise RunError(f"keep_best: no metric {plan.keep_best!r} was measured; there is {measured}")
+    line["seconds"] = round(time.perf_counter() - began, 3)
+    return Checkpoint(after, best, params, line)
+
+
+def _line(state: ServerState, cohort: Sequence[str], report: Report, down: int) -> dict[str, Any]:
+    line: dict[str, Any] = {"round": state.round, "asked": len(cohort)}
+    line |= {"replied": list(report.replied), **dict(report.metrics)}
+    line |= {"up_bytes": report.up_bytes, "down_bytes": down}
+    return line | ({"refused": dict(report.refused)} if report.refused else {})
+
+
+def _evaluate(run: _Run, state: ServerState) -> dict[str, Any]:
+    plan, site = run.plan, run.site
+    if state.round % plan.eval_every and state.round != plan.rounds:
+        return {}
+    line: dict[str, Any] = {}
+    if "test" in plan.evaluations and (examples := site.test()):
+        metrics = site.learner.evaluate({**site.initial, **state.params}, examples)
+        line |= {f"test/{k}": v for k, v in metrics.items()}
+    if "clients" in plan.evaluations and plan.holdout:
+        body = broadcast(plan, site.tables, state)
+        names = evaluated_clients(plan, list(run.engine.population()))
+        messages = ((name, body.seal(header(state, run.run, name))) for name in names)
+        found = {k: m for k, m in run.engine.evaluate(messages) if not isinstance(m, Exception)}
+        found = {k: found[k] for k in sorted(found)}
+        line |= {f"clients/{k}": v for k, v in summarise(found).items()}
+        line["per_client"] = {client: dict(metrics) for client, metrics in found.items()}
+    return line
+
+
+def _in_order(
+    answers: Iterable[tuple[str, Buffers | bytes | Exception]],
+    cohort: Sequence[str],
+    tell: Callable[[int, int], None],
+) -> Iterator[tuple[str, Buffers | bytes | Exception]]:
+    """Yield answers in the order of the cohort; those that come early wait, encoded."""
+    waiting: dict[str, Buffers | bytes | Exception] = {}
+    order, done = iter(cohort), 0
+    expected = next(order, None)
+    for client, answer in answers:
+        done += 1
+        tell(done, len(cohort))
+        waiting[client] = answer
+        while expected in waiting:
+            yield expected, waiting.pop(expected)
+            expected = next(order, None)
+    for client in [expected, *order] if expected is not None else []:
+        yield client, waiting.pop(client, RunError("no reply"))
+
+
+def _exhausted(plan: Plan, at: Checkpoint) -> bool:
+    return plan.patience is not None and at.best.stale >= plan.patience
+
+
+def _table(run: _Run, at: Checkpoint, rows: Mapping[str, Metrics]) -> dict[str, Any]:
+    evaluated = [line for line in run.history if any("/" in k for k in line)]
+    last = evaluated[-1] if evaluated else {}
+    return {
+        "rounds": at.state.round,
+        "clients": len(run.engine.population()),
+        "rows": {name: dict(metrics) for name, metrics in rows.items()},
+        "last": {k: v for k, v in last.items() if "/" in k},
+        "best_round": at.best.round if run.plan.keep_best else None,
+        "up_bytes": sum(line["up_bytes"] for line in run.history),
+        "down_bytes": sum(line["down_bytes"] for line in run.history),
+        "seconds": round(sum(line["seconds"] for line in run.history), 1),
+    }
+
+
+def _finished(plan: Plan, folder: RunFolder) -> Result:
+    from fedpeft.export import read_tensors
+
+    table, tensors = folder.result(), read_tensors(folder.path / "adapter")
+    return Result(plan, table, folder.history(), tensors, folder.path)
+
+
+def _board(folder: RunFolder | None, round: int) -> Callable[[Line], None]:
+    if folder is None:
+        return lambda line: None
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder.path), purge_step=round)
+
+    def write(line: Line) -> None:
+        for name, value in line.items():
+            if isinstance(value, int | float) and name != "round" and math.isfinite(value):
+                writer.add_scalar(name, value, line["round"])
+        writer.flush()
+
+    return write

@@ -1,0 +1,46 @@
+"""Every error fedpeft raises on purpose. Each is also the builtin that Python users expect.
+
+    FedPeftError
+    ├── SpecError    a spec does not parse, names no method, or does not fit its fields
+    ├── PlanError    the parts of a plan do not fit each other, or a line is missing or wrong
+    ├── DataError    a file, column, label or text that the task cannot use
+    ├── ModelError   a base model, tokenizer or adapter folder that cannot be used
+    ├── WireError    bytes from outside that are not the expected packet
+    └── RunError     a run folder that is in use, finished, changed, damaged or in the way
+
+The command line prints the message after ``error:`` and exits with status 2.
+"""
+
+from __future__ import annotations
+
+
+class FedPeftError(Exception):
+    """Base class; its message is one line that names the place, the value and the remedy."""
+
+
+class SpecError(FedPeftError, ValueError):
+    """A spec does not parse, names no method, or does not fit the method's fields."""
+
+
+class PlanError(FedPeftError, ValueError):
+    """The parts of a plan do not fit each other; ``problems`` lists every reason found."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class DataError(FedPeftError, ValueError):
+    """A file, column, label or text that the task cannot use."""
+
+
+class ModelError(FedPeftError, ValueError):
+    """A base model, tokenizer or adapter folder that cannot be used."""
+
+
+class WireError(FedPeftError, ValueError):
+    """Bytes from outside that are not the expected packet."""
+
+
+class RunError(FedPeftError, OSError):
+    """A run folder that is in use, finished, changed, damaged or in the way."""

@@ -1,0 +1,71 @@
+"""Evaluation: on the server's test set, and federated on each client's held-out records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedpeft.memory import Memory
+from fedpeft.plan import Plan
+from fedpeft.rng import derive
+from fedpeft.rounds import Client, receive
+from fedpeft.types import Example, Metrics
+from fedpeft.wire import Buffers
+
+_LOWER_IS_BETTER = ("loss", "perplexity")
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best evaluation so far, and how many have passed since."""
+
+    value: float = math.nan
+    round: int = -1
+    stale: int = 0
+
+    def after(self, round: int, value: float, metric: str) -> Best:
+        """Return this record once ``round`` scored ``value``."""
+        if math.isnan(self.value) or is_better(metric, value, self.value):
+            return Best(value, round, 0)
+        return Best(self.value, self.round, self.stale + 1)
+
+
+def is_better(metric: str, value: float, than: float) -> bool:
+    """Compare two values of a metric such as ``clients/loss_worst_decile``."""
+    name = metric.rpartition("/")[2].removesuffix("_worst_decile")
+    return value < than if name in _LOWER_IS_BETTER else value > than
+
+
+def client_evaluation(
+    plan: Plan,
+    site: Client,
+    held: Sequence[Example],
+    client: str,
+    message: Buffers | bytes,
+    memory: Memory,
+) -> Metrics:
+    """Return the metrics of what ``client`` holds after ``message`` on its held-out records."""
+    return site.learner.evaluate(receive(plan, site, client, message, memory).tensors, held)
+
+
+def evaluated_clients(plan: Plan, clients: Sequence[str]) -> Sequence[str]:
+    """Return whom federated evaluation asks: all, or the same ``eval_clients`` in every round."""
+    count = plan.eval_clients
+    if count is None or count >= len(clients):
+        return list(clients)
+    chosen = derive(plan.seed, "evaluation").choice(len(clients), count, replace=False)
+    return [clients[i] for i in sorted(chosen)]
+
+
+def summarise(per_client: Mapping[str, Metrics]) -> Metrics:
+    """Return the mean over clients and the mean of the worst tenth (at least one client)."""
+    found: dict[str, float] = {}
+    for name in next(iter(per_client.values()), {}):
+        values = sorted(metrics[name] for metrics in per_client.values())
+        if not is_better(name, 0.0, 1.0):  # higher is better: the worst come first
+            values.reverse()
+        tenth = values[-max(1, len(values) // 10) :]
+        found[name] = sum(values) / len(values)
+        found[f"{name}_worst_decile"] = sum(tenth) / len(tenth)
+    return found

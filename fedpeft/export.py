@@ -1,0 +1,134 @@
+"""The result as other tools take it: a PEFT folder with a model card, or a merged model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpeft.durable import remove_folder, replace_folder
+from fedpeft.errors import ModelError
+from fedpeft.plan import Plan
+from fedpeft.site import Site
+from fedpeft.types import Tensors
+
+PROVENANCE = "fedpeft.json"
+"""Beside the weights: the plan's lines and the classes, for ``fedpeft eval`` and ``predict``."""
+
+
+def write_adapter(
+    path: Path, plan: Plan, site: Site, tensors: Tensors, history: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write the adapter folder in the place of ``path``; a reader sees the old one or the new."""
+    temporary = path.with_name(f".{path.name}.new")
+    remove_folder(temporary)
+    temporary.mkdir(parents=True)
+    solid = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    plan.adapter.export(site.base, solid, temporary)
+    about = {"lines": plan.lines(), "classes": list(site.federation.classes)}
+    (temporary / PROVENANCE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    card = model_card(plan, site, history)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    replace_folder(path, temporary, "adapter")
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """Return the tensors of an exported folder, whatever its adapter."""
+    from safetensors.numpy import load_file
+
+    from fedpeft.adapters._peft_folder import PREFIX
+
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ModelError(f"{folder}: no weights in it")
+    return {k.removeprefix(PREFIX): v for path in paths for k, v in load_file(path).items()}
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    """Return the plan's lines and classes of an exported folder. Raises ``ModelError``."""
+    try:
+        return dict(json.loads((folder / PROVENANCE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{folder}: no {PROVENANCE} in it; give a run or the adapter folder of a run"
+        ) from None
+    except ValueError:
+        raise ModelError(f"{folder / PROVENANCE}: not JSON") from None
+
+
+def merge(adapter: Path, out: Path) -> None:
+    """Fold an adapter into its base and write a ``transformers`` model folder.
+
+    Raises ``ModelError`` where ``out`` exists.
+    """
+    import torch
+    from peft import PeftModel
+
+    from fedpeft.models._base import load_base
+
+    if out.exists():
+        raise ModelError(f"{out}: exists; choose another --out")
+    about = provenance(adapter)
+    plan = Plan.from_lines(about["lines"])
+    classes = tuple(about["classes"])
+    base = load_base(plan.model, plan.task.head, classes, "cpu")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=".merge-") as temporary,
+        torch.no_grad(),
+    ):
+        target = Path(temporary) / "model"
+        if (adapter / "adapter_config.json").is_file():
+            model = PeftModel.from_pretrained(base.model, str(adapter)).merge_and_unload()
+            model.save_pretrained(target)
+            load_base.cache_clear()  # the cached base was edited
+        else:
+            plan.adapter.export(base, read_tensors(adapter), target)
+        base.tokenizer.save_pretrained(target)
+        (target / PROVENANCE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        target.rename(out)
+
+
+def folder_digest(folder: Path) -> str:
+    """Return a digest of an adapter folder's weights and configuration."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.suffix == ".safetensors" or path.name.endswith("config.json"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def model_card(plan: Plan, site: Site, history: Sequence[Mapping[str, Any]]) -> str:
+    """Return the model card: where the adapter comes from, and what it took."""
+    up = sum(line["up_bytes"] for line in history)
+    down = sum(line["down_bytes"] for line in history)
+    evaluated = [line for line in history if any("/" in k for k in line)]
+    scores = {k: v for k, v in (evaluated[-1] if evaluated else {}).items() if "/" in k}
+    front = [
+        "---",
+        "library_name: peft",
+        f"base_model: {site.base.location.origin}",
+        "tags: [federated, fedpeft]",
+        "---",
+    ]
+    facts = {
+        "Rounds": len(history),
+        "Clients": len(site.federation.train),
+        "Training records": sum(len(rows) for rows in site.federation.train.values()),
+        "Bytes up": f"{up:,}",
+        "Bytes down": f"{down:,}",
+        "Data fingerprint": f"`{site.federation.splits.fingerprint[:32]}`",
+        "Privacy": "none: updates were not noised",
+    }
+    text = ["# Federated adapter", "", "Trained with fedpeft; the plan is below.", ""]
+    text += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items()), ""]
+    if scores:
+        text += ["| metric after the last round | value |", "|---|---|"]
+        text += [f"| {k} | {v:.4f} |" for k, v in scores.items()] + [""]
+    lines = [f"{k}: {v}" for k, v in plan.lines().items()]
+    return "\n".join([*front, *text, "```yaml", *lines, "```", ""])

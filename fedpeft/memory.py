@@ -1,0 +1,110 @@
+"""What a client keeps between rounds (control variates, a private head): it never leaves the client.
+
+What a round wrote counts only once a later broadcast shows that the reply arrived. So a memory holds
+two versions: the last one known to be acknowledged, and the one of the latest round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedpeft.durable import replace_file
+from fedpeft.errors import RunError
+from fedpeft.tensors import prefixed, select
+from fedpeft.types import Tensors
+
+NEVER = -1
+"""The acknowledgement a client gets before any of its replies was used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Versions by the round that wrote them: at most two."""
+
+    versions: Mapping[int, Tensors] = field(default_factory=dict)
+
+    def at(self, acknowledged: int, client: str) -> Tensors:
+        """Return what holds if the server last used the reply of round ``acknowledged``.
+
+        Raises ``RunError`` where this memory is lost or belongs to another history of the run.
+        """
+        if acknowledged == NEVER:
+            return {}
+        if acknowledged not in self.versions:
+            raise RunError(
+                f"client {client}: the server knows round {acknowledged}, its memory holds "
+                f"{sorted(self.versions)}; restore the client's memory or start a new run"
+            )
+        return self.versions[acknowledged]
+
+    def after(self, acknowledged: int, round: int, tensors: Tensors) -> Memory:
+        """Return the memory once ``round`` has written ``tensors``."""
+        kept = {acknowledged: self.versions[acknowledged]} if acknowledged in self.versions else {}
+        return Memory({**kept, round: tensors})
+
+
+class MemoryStore(Protocol):
+    """Where the memories of the clients of one process are."""
+
+    def load(self, client: str) -> Memory:
+        """Return a client's memory; an empty one where there is none."""
+        ...
+
+    def save(self, client: str, memory: Memory) -> None:
+        """Keep it."""
+        ...
+
+
+class InProcess:
+    """Memories that end with the process."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Memory] = {}
+
+    def load(self, client: str) -> Memory:
+        """Return a client's memory."""
+        return self._held.get(client, Memory())
+
+    def save(self, client: str, memory: Memory) -> None:
+        """Keep it."""
+        self._held[client] = memory
+
+
+class OnDisk:
+    """One safetensors file per client, replaced atomically."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, client: str) -> Memory:
+        """Return a client's memory. Raises ``RunError`` where its file is damaged."""
+        path = self._path(client)
+        if not path.exists():
+            return Memory()
+        try:
+            held = load(path.read_bytes())
+        except SafetensorError as error:
+            raise RunError(f"{path}: damaged ({error}); the run cannot go on exactly") from None
+        rounds = sorted({int(name.split("/", 1)[0]) for name in held})
+        return Memory({r: select(held, str(r)) for r in rounds})
+
+    def save(self, client: str, memory: Memory) -> None:
+        """Keep it; an empty memory needs no file."""
+        flat: dict[str, object] = {}
+        for round, tensors in memory.versions.items():
+            flat |= prefixed(str(round), tensors)
+        if flat:
+            replace_file(self._path(client), [save(flat)], "memory")
+
+    def _path(self, client: str) -> Path:
+        plain = re.sub(r"[^A-Za-z0-9._-]", "_", client)[:60]
+        digest = hashlib.blake2b(client.encode(), digest_size=6).hexdigest()
+        return self._folder / f"{plain}-{digest}.safetensors"

@@ -1,0 +1,147 @@
+"""A base model in memory: loaded once per process, frozen, without dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from fedpeft.errors import ModelError
+from fedpeft.models._locate import Location, locate, unreachable
+from fedpeft.models._outline import HEADS, Outline, input_limit, is_head, read_config
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Base:
+    """A frozen model in evaluation mode, its tokenizer and its outline."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    outline: Outline
+    location: Location
+    head_kind: str
+    classes: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(model: str) -> Any:
+    """Load the tokenizer of ``model``; one without a padding token pads with its end token."""
+    from transformers import AutoTokenizer
+
+    location = locate(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location.source)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(location, "tokenizer", error) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"model {model!r}: its tokenizer has neither a pad nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@lru_cache(maxsize=2)
+def load_base(model: str, head: str, classes: tuple[str, ...], device: str) -> Base:
+    """Load ``model`` in float32 for ``head``, frozen and without dropout.
+
+    Parameters the checkpoint does not have (a new classification head) belong to the outline's
+    ``head``. Raises ``ModelError``.
+    """
+    import transformers
+
+    location = locate(model)
+    tokenizer = load_tokenizer(model)
+    auto = {
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "causal-lm": transformers.AutoModelForCausalLM,
+    }[head]
+    labels = {"num_labels": len(classes), "id2label": dict(enumerate(classes))} if classes else {}
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        loaded, info = auto.from_pretrained(
+            location.source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **labels,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(location, "model", error) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    loaded.config.use_cache = False
+    loaded.requires_grad_(False).eval().to(device)
+    missing = {k for k in info["missing_keys"] if not _is_buffer(loaded, k)}
+    return Base(
+        loaded, tokenizer, _outline(location, loaded, head, missing), location, head, classes
+    )
+
+
+@lru_cache(maxsize=16)
+def fingerprint(model: str) -> str:
+    """Return a digest of the model's files, or the hub's revision."""
+    location = locate(model)
+    if location.folder is None:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(location.source, "config.json")
+        return Path(cached).parent.name if isinstance(cached, str) else location.source
+    digest = xxhash.xxh3_128()
+    for path in sorted(location.folder.glob("*")):
+        if path.suffix in (".safetensors", ".json"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _outline(location: Location, model: torch.nn.Module, head: str, missing: set[str]) -> Outline:
+    from transformers.pytorch_utils import Conv1D
+
+    linear: dict[str, tuple[int, int]] = {}
+    classify = head == "sequence-classification"
+    for name, module in model.named_modules():
+        if is_head(name):
+            continue
+        if isinstance(module, torch.nn.Linear):
+            linear[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            linear[name] = (module.weight.shape[1], module.weight.shape[0])
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    heads = {
+        name: shape
+        for name, shape in parameters.items()
+        if classify and (name in missing or name.split(".")[0] in HEADS)
+    }
+    linear = {k: v for k, v in linear.items() if f"{k}.weight" not in heads}
+    return Outline(linear, heads, parameters, input_limit(read_config(location)), True)
+
+
+def _is_buffer(model: torch.nn.Module, name: str) -> bool:
+    return name not in dict(model.named_parameters())
+
+
+def _cannot_load(location: Location, what: str, error: Exception) -> ModelError:
+    if location.folder is None:
+        return ModelError(unreachable(location))
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError(f"model {location.source!r}: cannot load its {what}: {reason}")
+
+
+def to_torch(tensors: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    """Copy arrays to torch, adding the client dimension: [...] becomes [1, ...]."""
+    return {k: torch.from_numpy(v.copy()).to(device).unsqueeze(0) for k, v in tensors.items()}

@@ -1,0 +1,1 @@
+"""One file per server optimizer; from the aggregated step to new global tensors."""

@@ -1,0 +1,30 @@
+"""FedAdagrad (Reddi et al. 2021, arXiv 2003.00295)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedpeft.optimizers import _adaptive
+from fedpeft.spec import bounded, method
+from fedpeft.types import Tensors
+
+
+@method
+class Adagrad:
+    """The second moment adds up all squared steps."""
+
+    lr: float = bounded(default=0.01, above=0)
+    beta1: float = bounded(default=0.0, low=0, below=1)
+    tau: float = bounded(default=1e-3, above=0)
+
+    def init(self, params: Tensors) -> Tensors:
+        """Return both moments."""
+        return _adaptive.init(params, self.tau)
+
+    def step(self, params: Tensors, delta: Tensors, slots: Tensors) -> tuple[Tensors, Tensors]:
+        """Move against the scale of past steps."""
+
+        def second(v: np.ndarray, square: np.ndarray) -> np.ndarray:
+            return np.asarray(v + square, np.float32)
+
+        return _adaptive.step(params, delta, slots, self.lr, self.beta1, self.tau, second)

@@ -1,0 +1,29 @@
+"""Server SGD with momentum: FedAvgM (Hsu, Qi and Brown 2019, arXiv 1909.06335)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedpeft.spec import bounded, method
+from fedpeft.types import Tensors
+
+
+@method
+class Sgd:
+    """``v = momentum * v + delta``; ``x += lr * v``. The defaults add the aggregate as it is."""
+
+    lr: float = bounded(default=1.0, above=0)
+    momentum: float = bounded(default=0.0, low=0, below=1)
+
+    def init(self, params: Tensors) -> Tensors:
+        """Return a zero velocity where there is momentum."""
+        return {k: np.zeros_like(v) for k, v in params.items()} if self.momentum else {}
+
+    def step(self, params: Tensors, delta: Tensors, slots: Tensors) -> tuple[Tensors, Tensors]:
+        """Move along the velocity."""
+        rate, keep = np.float32(self.lr), np.float32(self.momentum)
+        if not self.momentum:
+            return {k: params[k] + rate * v for k, v in delta.items()}, slots
+        velocity = {k: keep * slots[k] + v for k, v in delta.items()}
+        moved = {k: params[k] + rate * v for k, v in velocity.items()}
+        return moved, {**slots, **velocity}

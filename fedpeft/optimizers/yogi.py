@@ -1,0 +1,33 @@
+"""FedYogi (Reddi et al. 2021, arXiv 2003.00295)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedpeft.optimizers import _adaptive
+from fedpeft.spec import bounded, method
+from fedpeft.types import Tensors
+
+
+@method
+class Yogi:
+    """The second moment moves towards each squared step by a bounded amount."""
+
+    lr: float = bounded(default=0.01, above=0)
+    beta1: float = bounded(default=0.9, low=0, below=1)
+    beta2: float = bounded(default=0.99, low=0, below=1)
+    tau: float = bounded(default=1e-3, above=0)
+
+    def init(self, params: Tensors) -> Tensors:
+        """Return both moments."""
+        return _adaptive.init(params, self.tau)
+
+    def step(self, params: Tensors, delta: Tensors, slots: Tensors) -> tuple[Tensors, Tensors]:
+        """Move against the scale of past steps."""
+
+        def second(v: np.ndarray, square: np.ndarray) -> np.ndarray:
+            return np.asarray(
+                v - np.float32(1 - self.beta2) * square * np.sign(v - square), np.float32
+            )
+
+        return _adaptive.step(params, delta, slots, self.lr, self.beta1, self.tau, second)

@@ -1,0 +1,269 @@
+"""A run, fully described: one choice for each part, checked as a whole before anything is loaded.
+
+The parts declare what they offer, need and refuse (see ``types.py``); this module compares the
+declarations and knows no method by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fedpeft.errors import FedPeftError, PlanError
+from fedpeft.spec import build, describe, nearest
+from fedpeft.types import (
+    Adapter,
+    Aggregator,
+    Codec,
+    Cohort,
+    Correction,
+    Partition,
+    ServerOptimizer,
+    Source,
+    Task,
+    Trainer,
+    Weighting,
+)
+
+PARTS: Mapping[str, tuple[str, str | None]] = {
+    "task": ("tasks", None),
+    "data": ("data", None),
+    "partition": ("partitions", "iid"),
+    "adapter": ("adapters", "lora"),
+    "trainer": ("trainers", "plain"),
+    "correction": ("corrections", "none"),
+    "uplink": ("codecs", "raw"),
+    "downlink": ("codecs", "raw"),
+    "cohort": ("cohorts", "everyone"),
+    "weighting": ("weighting", "examples"),
+    "aggregator": ("aggregators", "mean"),
+    "optimizer": ("optimizers", "sgd"),
+}
+"""Plan line to its family and its default; a new family of methods is one more row."""
+
+COMPARISONS = ("base", "alone", "central")
+EVALUATIONS = ("test", "clients")
+_REPORTING = ("compare",)
+"""Lines that do not change the adapter, and so are not part of a run's identity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One choice for each part of a run.
+
+    ``clients`` is how many a simulation deals the data to (natural partitions bring their own).
+    ``holdout`` is the share of each client's records kept for federated evaluation. Every
+    ``eval_every`` rounds the adapter is evaluated on ``evaluate``: the server's ``test`` set, the
+    ``clients``' held-out records (of ``eval_clients`` of them, drawn once), or both. ``keep_best`` names a metric such as
+    ``test/accuracy``; the best round is exported, and after ``patience`` evaluations without
+    progress the run ends. ``warm_start`` is an adapter folder to start from. ``compare`` lists what
+    the final table sets beside the federated adapter: ``base``, ``alone``, ``central``.
+    """
+
+    model: str
+    task: Task
+    data: Source
+    partition: Partition
+    adapter: Adapter
+    trainer: Trainer
+    correction: Correction
+    uplink: Codec
+    downlink: Codec
+    cohort: Cohort
+    weighting: Weighting
+    aggregator: Aggregator
+    optimizer: ServerOptimizer
+    rounds: int
+    clients: int | None = None
+    seed: int = 0
+    holdout: float = 0.1
+    eval_every: int = 1
+    eval_clients: int | None = None
+    evaluate: str = "test,clients"
+    keep_best: str | None = None
+    patience: int | None = None
+    warm_start: str | None = None
+    compare: str = ""
+
+    def __post_init__(self) -> None:
+        problems = [*_scalar_problems(self), *_part_problems(self)]
+        if problems:
+            raise PlanError(*problems)
+
+    @classmethod
+    def from_lines(cls, lines: Mapping[str, Any]) -> Plan:
+        """Build a plan from its lines. Raises ``PlanError`` that lists every problem found."""
+        lines = _with_preset(lines)
+        known = [*PARTS, *_SCALARS, "preset"]
+        problems = [f"unknown line {k!r}{nearest(k, known)}" for k in lines if k not in known]
+        chosen: dict[str, Any] = {}
+        for line, (family, default) in PARTS.items():
+            spec = lines.get(line, default)
+            if spec is None:
+                problems.append(f"the plan has no line {line!r}")
+                continue
+            try:
+                chosen[line] = build(family, str(spec))
+            except FedPeftError as error:
+                problems.append(f"{line}: {error}")
+        for line, (kind, required) in _SCALARS.items():
+            if line in lines:
+                try:
+                    chosen[line] = _scalar(lines[line], kind)
+                except ValueError as error:
+                    problems.append(f"{line}: {error}")
+            elif required:
+                problems.append(f"the plan has no line {line!r}")
+        if problems:
+            raise PlanError(*problems)
+        return cls(**chosen)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Plan:
+        """Read a plan file; ``overrides`` replace whole lines."""
+        return cls.from_lines({**read_lines(path), **(overrides or {})})
+
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        """Yield (line, part)."""
+        for line in PARTS:
+            yield line, getattr(self, line)
+
+    def lines(self) -> dict[str, Any]:
+        """Return the resolved plan: canonical specs, every scalar that is set."""
+        found: dict[str, Any] = {"model": self.model}
+        found |= {line: describe(part, full=True) for line, part in self.parts()}
+        scalars = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _SCALARS}
+        return found | {k: v for k, v in scalars.items() if v is not None}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the lines that decide the adapter."""
+        return {k: v for k, v in self.lines().items() if k not in _REPORTING}
+
+    def digest(self, *inputs: str) -> str:
+        """Return the content address of this plan on ``inputs`` (digests of data and model)."""
+        text = json.dumps([self.identity(), *inputs], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def comparisons(self) -> tuple[str, ...]:
+        """What the final table compares with."""
+        return _words(self.compare)
+
+    @property
+    def evaluations(self) -> tuple[str, ...]:
+        """What is evaluated during the run."""
+        return _words(self.evaluate)
+
+
+def read_lines(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of plan lines. Raises ``PlanError`` naming the file and the place."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        found = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise PlanError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise PlanError(f"{where}: not YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
+        raise PlanError(f"{path}: a plan is a list of lines 'name: value'")
+    return found
+
+
+_SCALARS: Mapping[str, tuple[type, bool]] = {
+    "model": (str, True),
+    "rounds": (int, True),
+    "clients": (int, False),
+    "seed": (int, False),
+    "holdout": (float, False),
+    "eval_every": (int, False),
+    "eval_clients": (int, False),
+    "evaluate": (str, False),
+    "keep_best": (str, False),
+    "patience": (int, False),
+    "warm_start": (str, False),
+    "compare": (str, False),
+}
+"""Plan line to its type and whether it must be given."""
+
+
+def _scalar(value: Any, kind: type) -> Any:
+    if value is None or value in ("none", ""):
+        return "" if kind is str and value == "" else None
+    if kind is str:
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    words = {int: "a whole number", float: "a number"}
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is not {words[kind]}")
+    try:
+        number = kind(value)
+    except (ValueError, TypeError):
+        raise ValueError(f"{value!r} is not {words[kind]}") from None
+    if kind is int and isinstance(value, float) and value != number:
+        raise ValueError(f"{value!r} is not a whole number")
+    return number
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(w.strip() for w in (text or "").split(",") if w.strip() not in ("", "none"))
+
+
+def _with_preset(lines: Mapping[str, Any]) -> dict[str, Any]:
+    if "preset" not in lines:
+        return dict(lines)
+    try:
+        preset = build("presets", str(lines["preset"]))
+    except FedPeftError as error:
+        raise PlanError(f"preset: {error}") from None
+    return {**preset.lines(), **{k: v for k, v in lines.items() if k != "preset"}}
+
+
+def _scalar_problems(plan: Plan) -> Iterator[str]:
+    low = {"rounds": 1, "clients": 1, "seed": 0, "eval_every": 1, "eval_clients": 1, "patience": 1}
+    for line, least in low.items():
+        value = getattr(plan, line)
+        if value is not None and value < least:
+            yield f"{line}: {value} must be at least {least}"
+    if not 0 <= plan.holdout < 1:
+        yield f"holdout: {plan.holdout} must be at least 0 and below 1"
+    yield from _choice_problems("compare", plan.comparisons, COMPARISONS)
+    yield from _choice_problems("evaluate", plan.evaluations, EVALUATIONS)
+    if plan.patience is not None and plan.keep_best is None:
+        yield "patience: needs keep_best, the metric that should improve"
+    where = (plan.keep_best or "").partition("/")[0]
+    if plan.keep_best and where not in plan.evaluations:
+        yield (
+            f"keep_best: {plan.keep_best!r} must be a metric of {' or '.join(plan.evaluations)}, "
+            "such as test/accuracy"
+        )
+    if "clients" in plan.evaluations and plan.holdout == 0 and where == "clients":
+        yield "keep_best: the clients have no held-out records; set holdout above 0"
+
+
+def _choice_problems(line: str, given: Sequence[str], allowed: Sequence[str]) -> Iterator[str]:
+    for word in given:
+        if word not in allowed:
+            yield f"{line}: {word!r} is unknown{nearest(word, allowed)}"
+
+
+def _part_problems(plan: Plan) -> Iterator[str]:
+    parts = dict(plan.parts())
+    offers = {line: dict(getattr(part, "offers", {})) for line, part in parts.items()}
+    for line, part in parts.items():
+        others = {t: other for other in offers if other != line for t in offers[other]}
+        for trait, reason in dict(getattr(part, "needs", {})).items():
+            if trait not in others:
+                yield f"{line}: {describe(part)} {reason}"
+        for trait, reason in dict(getattr(part, "refuses", {})).items():
+            if trait in others:
+                other = others[trait]
+                yield f"{line}: {describe(part)} does not fit {other}: {reason}"

@@ -1,0 +1,308 @@
+"""The round, as functions of packets and state. Everything else moves their packets around.
+
+server   broadcast:     encode what travels down, one header per client
+client   client_round:  decode, train, subtract, encode
+server   server_round:  decode and check each reply, aggregate, step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from fedpeft.errors import WireError
+from fedpeft.memory import NEVER, Memory
+from fedpeft.plan import Plan
+from fedpeft.rng import derive, derive_seed
+from fedpeft.tensors import is_finite, prefixed, select, shapes_of, size, subtract
+from fedpeft.types import (
+    Example,
+    Fit,
+    Job,
+    Learner,
+    Local,
+    Metrics,
+    Population,
+    Roles,
+    Scalar,
+    Shapes,
+    Tensors,
+    Update,
+    Weights,
+)
+from fedpeft.wire import Body, Buffers, body, peek, unpack
+from fedpeft.wire import size as message_size
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """All the server remembers between rounds; ``round`` is the next one."""
+
+    params: Tensors
+    slots: Tensors
+    control: Tensors
+    acks: Mapping[str, int] = field(default_factory=dict)
+    round: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one round was: who replied, who was refused and why, bytes and training metrics."""
+
+    replied: Sequence[str]
+    refused: Mapping[str, str]
+    up_bytes: int
+    metrics: Metrics
+
+
+class Tables:
+    """Names and shapes of every section, which both sides derive from the plan alone."""
+
+    def __init__(self, plan: Plan, shapes: Shapes) -> None:
+        self._plan, self.shapes = plan, shapes
+
+    def roles(self, round: int) -> Roles:
+        """What happens to each tensor in ``round``."""
+        return self._plan.adapter.roles(self.shapes, round)
+
+    def down(self, round: int) -> dict[str, Shapes]:
+        """What a broadcast of ``round`` holds."""
+        down = self.roles(round).down
+        shared = {k: s for k, s in self.shapes.items() if k in down}
+        zeros = {k: np.zeros(s, np.float32) for k, s in shared.items()}
+        control = self._plan.correction.broadcast(self._plan.correction.server_init(zeros))
+        return _sections(shared, shapes_of(control))
+
+    def up(self, round: int) -> dict[str, Shapes]:
+        """What a reply of ``round`` holds."""
+        up = self.roles(round).up
+        shared = {k: s for k, s in self.shapes.items() if k in up}
+        return _sections(shared, self._plan.correction.extras_up(shared))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether clients keep memory under this plan."""
+        return self._plan.correction.remembers or bool(self.roles(0).local)
+
+
+class Client(Protocol):
+    """What a client's round needs of the process it runs in (``site.Site`` has it)."""
+
+    learner: Learner
+    tables: Tables
+
+    @property
+    def initial(self) -> Tensors:
+        """The adapter before round 0."""
+        ...
+
+    def train(self, client: str) -> Sequence[Example]:
+        """The client's tokenised training records."""
+        ...
+
+
+def start(plan: Plan, tables: Tables, initial: Tensors) -> ServerState:
+    """Return the state before round 0."""
+    params = {k: initial[k] for k in tables.down(0)["adapter"]}
+    return ServerState(params, plan.optimizer.init(params), plan.correction.server_init(params))
+
+
+def broadcast(plan: Plan, tables: Tables, state: ServerState) -> Body:
+    """Encode what every client of this round receives; ``seal`` it with :func:`header`."""
+    expected = tables.down(state.round)
+    rng = derive(plan.seed, state.round, "downlink")
+    sections = {
+        "adapter": plan.downlink.encode({k: state.params[k] for k in expected["adapter"]}, rng)
+    }
+    if "control" in expected:
+        sections["control"] = plan.correction.broadcast(state.control)
+    return body(sections, expected)
+
+
+def header(state: ServerState, run: str, client: str) -> dict[str, Scalar]:
+    """Return what only this client is told: the last round in which its reply was used."""
+    return {"run": run, "round": state.round, "ack": state.acks.get(client, NEVER)}
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A broadcast as a client holds it; ``tensors`` is the whole adapter, ``kept`` its memory."""
+
+    told: Mapping[str, Scalar]
+    round: int
+    acknowledged: int
+    tensors: Tensors
+    extras: Tensors
+    kept: Tensors
+
+
+def receive(
+    plan: Plan, site: Client, client: str, message: Buffers | bytes, memory: Memory
+) -> Received:
+    """Decode a broadcast. Raises ``WireError`` for a message that is none."""
+    told = peek(message)
+    try:
+        round, acknowledged = int(told["round"]), int(told["ack"])
+    except (KeyError, ValueError):
+        raise WireError("message is no broadcast: its header lacks round and ack") from None
+    expected = site.tables.down(round)
+    packet = unpack(message, expected, _limit(expected))
+    shared = plan.downlink.decode(packet.sections["adapter"], expected["adapter"])
+    kept = memory.at(acknowledged, client) if site.tables.remembers else {}
+    tensors = {**site.initial, **select(kept, "local"), **shared}
+    extras = packet.sections.get("control", {})
+    return Received(told, round, acknowledged, tensors, extras, select(kept, "correction"))
+
+
+def client_round(
+    plan: Plan, site: Client, client: str, message: Buffers | bytes, memory: Memory
+) -> tuple[Buffers, Memory]:
+    """Decode, train, subtract, encode. Raises ``WireError`` for a message that is no broadcast."""
+    got = receive(plan, site, client, message, memory)
+    round = got.round
+    fit = _train(plan, site, client, got)
+
+    roles, up = site.tables.roles(round), site.tables.up(round)
+    trained = {k: v.squeeze(0).cpu().numpy() for k, v in fit.params.items()}
+    delta = subtract({k: trained[k] for k in up["adapter"]}, got.tensors)
+    sent = plan.uplink.encode(delta, derive(plan.seed, round, client, "uplink"))
+    arrived = plan.uplink.decode(sent, up["adapter"]) if plan.correction.remembers else delta
+    local = Local(got.tensors, arrived, got.extras, got.kept, fit.lr_sums[0])
+    extras_up, corrected = plan.correction.client_update(local)
+    sections = {"adapter": sent, **({"control": extras_up} if "control" in up else {})}
+    told_back: dict[str, Scalar] = {
+        "run": got.told.get("run", ""),
+        "round": round,
+        "steps": fit.steps[0],
+        "lr_sum": fit.lr_sums[0],
+        "seen": fit.seen[0],
+        "loss": _plain(fit.losses[0]),
+    }
+    if site.tables.remembers:
+        own = {k: trained[k] for k in roles.local}
+        news = {**prefixed("local", own), **prefixed("correction", corrected)}
+        memory = memory.after(got.acknowledged, round, news)
+    return body(sections, up).seal(told_back), memory
+
+
+def server_round(
+    plan: Plan,
+    tables: Tables,
+    state: ServerState,
+    run: str,
+    population: Population,
+    weights: Weights,
+    replies: Iterable[tuple[str, Buffers | bytes | Exception]],
+) -> tuple[ServerState, Report]:
+    """Decode and check each reply, aggregate, step.
+
+    ``replies`` come in client order; who replied is the transport's word. A reply that cannot be
+    used counts as zero and is named in the report.
+    """
+    control, refused, used = state.control, dict[str, str](), list[Update]()
+    up_bytes = 0
+    names = list(tables.up(state.round)["adapter"])
+
+    def updates() -> Iterator[Update]:
+        nonlocal control, up_bytes
+        for client, reply in replies:
+            try:
+                if isinstance(reply, Exception):
+                    raise WireError(str(reply))
+                up_bytes += message_size(reply if not isinstance(reply, bytes) else [reply])
+                update = _receive(plan, tables, state, run, client, reply, weights)
+            except WireError as error:
+                refused[client] = str(error)
+                continue
+            control = plan.correction.server_update(control, state.control, update, len(population))
+            used.append(replace(update, delta={}, extras={}))
+            yield update
+
+    step = plan.aggregator.reduce(updates(), {k: state.params[k] for k in names}, weights)
+    moved, slots = plan.optimizer.step(state.params, step.delta, state.slots)
+    acks = {**state.acks, **{update.client: state.round for update in used}}
+    report = Report([u.client for u in used], refused, up_bytes, _metrics(used))
+    params = {**state.params, **moved}
+    return ServerState(params, slots, control, acks, state.round + 1), report
+
+
+def _train(plan: Plan, site: Client, client: str, got: Received) -> Fit:
+    from fedpeft.models._base import to_torch
+
+    roles = site.tables.roles(got.round)
+    shared = {k: got.tensors[k] for k in site.tables.up(got.round)["adapter"]}
+    device = site.learner.device
+    constants = to_torch(plan.correction.start(shared, got.extras, got.kept), device)
+    stacked = to_torch(got.tensors, device)
+
+    def adjust(
+        grads: dict[str, torch.Tensor], params: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return plan.correction.adjust(grads, params, constants)
+
+    return plan.trainer.fit(
+        Job(
+            learner=site.learner,
+            params={k: v for k, v in stacked.items() if k in roles.train},
+            fixed={k: v for k, v in stacked.items() if k not in roles.train},
+            examples=[site.train(client)],
+            seeds=[derive_seed(plan.seed, got.round, client, "train")],
+            adjust=adjust,
+            progress=(got.round / plan.rounds, (got.round + 1) / plan.rounds),
+        )
+    )
+
+
+def _receive(
+    plan: Plan,
+    tables: Tables,
+    state: ServerState,
+    run: str,
+    client: str,
+    reply: Buffers | bytes,
+    weights: Weights,
+) -> Update:
+    expected = tables.up(state.round)
+    packet = unpack(reply, expected, _limit(expected))
+    told = packet.header
+    if (told.get("run"), told.get("round")) != (run, state.round):
+        raise WireError(f"reply belongs to run {told.get('run')}, round {told.get('round')}")
+    numbers = {k: told.get(k) for k in ("steps", "lr_sum", "seen", "loss")}
+    if not all(isinstance(v, int | float) and v >= 0 for v in numbers.values()):
+        raise WireError(f"reply lacks a number among {', '.join(numbers)}")
+    if client not in weights.of:
+        raise WireError("reply from a client that was not asked")
+    delta = plan.uplink.decode(packet.sections["adapter"], expected["adapter"])
+    extras = packet.sections.get("control", {})
+    if shapes_of(delta) != expected["adapter"] or shapes_of(extras) != expected.get("control", {}):
+        raise WireError("update has other names or shapes than the plan's adapter")
+    if not (is_finite(delta) and is_finite(extras)):
+        raise WireError("update holds values that are not finite: training diverged; lower lr")
+    metrics = {k: float(told[k]) for k in ("loss", "seen", "steps")}
+    return Update(client, delta, weights.of[client], float(told["lr_sum"]), extras, metrics)
+
+
+def _metrics(used: Sequence[Update]) -> Metrics:
+    seen = sum(u.metrics["seen"] for u in used)
+    if not seen:
+        return {}
+    loss = sum(u.metrics["loss"] * u.metrics["seen"] for u in used) / seen
+    return {"loss": loss, "seen": int(seen)}
+
+
+def _sections(adapter: Shapes, control: Shapes) -> dict[str, Shapes]:
+    return {"adapter": adapter, **({"control": control} if control else {})}
+
+
+def _limit(expected: Mapping[str, Shapes]) -> int:
+    return 65_536 + 16 * sum(size(shapes.values()) for shapes in expected.values())
+
+
+def _plain(loss: float) -> float:
+    return loss if np.isfinite(loss) else 0.0

@@ -1,0 +1,202 @@
+"""What a run leaves behind, and how an interrupted one is taken up again.
+
+::
+
+    run.json         id, digest and lines of the plan: the mark of a started run
+    plan.yaml        the resolved plan, to be read and run again
+    rounds.jsonl     one line per round
+    checkpoints/     the server's state, the newest two
+    memory/          what clients keep (control variates, private heads)
+    adapter/         the result, as other tools load it
+    compare.json     what the final table sets beside it, entry by entry
+    result.json      the final table: the mark of a finished run
+    events.*         TensorBoard
+    versions.json    what the run was made with
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import uuid
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from fedpeft.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedpeft.durable import append_line, replace_file
+from fedpeft.errors import RunError
+from fedpeft.memory import OnDisk
+from fedpeft.plan import Plan
+
+_VERSIONED = ("fedpeft", "torch", "transformers", "peft", "numpy", "flwr")
+
+
+class RunFolder:
+    """One run's folder, locked while open. Use it as a context manager."""
+
+    def __init__(self, path: Path, plan: Plan, inputs: tuple[str, ...], *, resume: bool) -> None:
+        self.path, self.plan = path, plan
+        self.digest = plan.digest(*inputs)
+        known = self._read("run.json")
+        if known is None and self._foreign():
+            raise RunError(f"{path}: not empty and no run of fedpeft; choose another --out")
+        if known is not None and not resume:
+            state = "finished" if self.finished else "begun"
+            raise RunError(f"{path}: holds a {state} run; add --resume, or choose another --out")
+        if known is not None and known["digest"] != self.digest:
+            raise RunError(f"{path}: {_difference(known, plan, inputs)}")
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._acquire()
+        self.run = known["run"] if known else uuid.uuid4().hex
+        if known is None:
+            self._begin(inputs)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._lock)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final table is written."""
+        return (self.path / "result.json").exists()
+
+    @property
+    def memories(self) -> OnDisk:
+        """Where clients of this process keep their memory."""
+        return OnDisk(self.path / "memory")
+
+    def load(self) -> Checkpoint | None:
+        """Return the newest checkpoint, with the ledger brought to the same round."""
+        found = load_checkpoint(self.path / "checkpoints", self.digest)
+        lines = self.history()[: found.state.round if found else 0]
+        if found and len(lines) == found.state.round - 1:
+            lines.append(dict(found.line))
+        if found and len(lines) != found.state.round:
+            raise RunError(
+                f"{self.path}/rounds.jsonl: holds {len(lines)} rounds, the checkpoint is of round "
+                f"{found.state.round}; restore the file or start again in another folder"
+            )
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        ledger = self.path / "rounds.jsonl"
+        if ledger.exists() and ledger.read_text(encoding="utf-8") != text:
+            replace_file(ledger, [text.encode()], "ledger")
+        return found
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Make a round durable: first the state, which carries the line, then the line."""
+        save_checkpoint(self.path / "checkpoints", checkpoint, self.digest)
+        append_line(self.path / "rounds.jsonl", json.dumps(dict(checkpoint.line)), "ledger")
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the whole lines of ``rounds.jsonl``; a last one cut short is left out."""
+        path = self.path / "rounds.jsonl"
+        if not path.exists():
+            return []
+        found = []
+        for i, text in enumerate(path.read_bytes().split(b"\n")[:-1]):
+            try:
+                found.append(json.loads(text))
+            except ValueError:
+                raise RunError(f"{path}:{i + 1}: not JSON; restore the line") from None
+        return found
+
+    def compared(self) -> dict[str, Any]:
+        """Return the comparisons that are done."""
+        return self._read("compare.json") or {}
+
+    def write_compared(self, compared: Mapping[str, Any]) -> None:
+        """Keep the comparisons done so far."""
+        self._write("compare.json", compared, "compare")
+
+    def result(self) -> dict[str, Any]:
+        """Return the final table. Raises ``RunError`` where the run has not finished."""
+        found = self._read("result.json")
+        if found is None:
+            raise RunError(f"{self.path}: has not finished; continue with --resume")
+        return found
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write the final table; the run is finished."""
+        self._write("result.json", result, "result")
+
+    def _begin(self, inputs: tuple[str, ...]) -> None:
+        lines = self.plan.lines()
+        text = yaml.safe_dump(lines, sort_keys=False, allow_unicode=True, width=1000)
+        replace_file(self.path / "plan.yaml", [text.encode()], "plan")
+        self._write("versions.json", versions(), "plan")
+        about = {"run": self.run, "digest": self.digest, "inputs": inputs}
+        self._write("run.json", {**about, "lines": self.plan.identity()}, "plan")
+
+    def _foreign(self) -> bool:
+        ours = {"plan.yaml", "versions.json", ".lock"}
+        if not self.path.exists():
+            return False
+        if not self.path.is_dir():
+            return True
+        found = {p.name for p in self.path.iterdir() if not p.name.endswith(".new")}
+        return bool(found - ours)
+
+    def _acquire(self) -> int:
+        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise RunError(f"{self.path}: another process is writing this run") from None
+        return lock
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError:
+            raise RunError(f"{path}: damaged; start again in another folder") from None
+
+    def _write(self, name: str, content: Mapping[str, Any], kind: str) -> None:
+        text = json.dumps(dict(content), indent=1) + "\n"
+        replace_file(self.path / name, [text.encode()], kind)
+
+
+def versions() -> dict[str, str | int]:
+    """Return what decides the bits of a run besides its plan."""
+    import torch
+
+    found: dict[str, str | int] = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found | {"threads": torch.get_num_threads(), "machine": platform.machine()}
+
+
+def _difference(known: Mapping[str, Any], plan: Plan, inputs: tuple[str, ...]) -> str:
+    then, now = known["lines"], plan.identity()
+    changed = sorted(k for k in {*then, *now} if then.get(k) != now.get(k))
+    if changed:
+        line = changed[0]
+        return (
+            f"the plan was changed: {line} was {then.get(line)!r}, is {now.get(line)!r}"
+            + (f" (and {', '.join(changed[1:])})" if changed[1:] else "")
+            + "; change it back to resume, or choose another --out"
+        )
+    what = ["data", "model", "warm start"]
+    moved = [w for w, a, b in zip(what, known["inputs"], inputs, strict=False) if a != b]
+    return (
+        f"the {' and '.join(moved) or 'inputs'} changed since the run began; choose another --out"
+    )

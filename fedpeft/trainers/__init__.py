@@ -1,0 +1,1 @@
+"""One file per trainer; the local optimizer and its loop."""

@@ -1,0 +1,176 @@
+"""Local SGD or AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) for K clients in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from fedpeft.data._batching import batches, stream
+from fedpeft.errors import SpecError
+from fedpeft.rng import derive
+from fedpeft.spec import bounded, method
+from fedpeft.types import Example, Fit, Job, Stacked
+
+if TYPE_CHECKING:
+    import torch
+
+
+@method
+class Plain:
+    """Every round starts a fresh optimizer.
+
+    A round is ``epochs`` passes over the client's records, or exactly ``steps`` optimizer steps of
+    ``batch`` records, worked off in ``accumulate`` equal parts. ``schedule`` lowers the rate over
+    the whole run from ``lr`` to ``final * lr``. ``clip`` bounds the L2 norm of each client's
+    gradient. Momentum and betas are those of ``torch.optim``.
+    """
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = bounded(default=1e-3, above=0)
+    steps: int | None = bounded(default=None, low=1)
+    epochs: int | None = bounded(default=None, low=1)
+    batch: int = bounded(default=8, low=1)
+    accumulate: int = bounded(default=1, low=1)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final: float = bounded(default=0.0, low=0, high=1)
+    clip: float | None = bounded(default=None, above=0)
+    momentum: float = bounded(default=0.0, low=0, below=1)
+    weight_decay: float = bounded(default=0.0, low=0)
+
+    @property
+    def offers(self) -> Mapping[str, str]:
+        """SGD without memory: the update is minus the sum of lr x gradient."""
+        plain = self.optimizer == "sgd" and not (self.momentum or self.weight_decay or self.clip)
+        return {"plain-sgd": "the update is the sum of the steps"} if plain else {}
+
+    def check(self) -> None:
+        """Raise ``SpecError`` for fields that contradict each other."""
+        if self.steps and self.epochs:
+            raise SpecError("plain: give steps or epochs, not both")
+        if self.batch % self.accumulate:
+            raise SpecError(f"plain: batch={self.batch} is no multiple of {self.accumulate} parts")
+        if self.optimizer == "adamw" and self.momentum:
+            raise SpecError("plain: momentum belongs to optimizer='sgd'; adamw has its own")
+
+    def budget(self, records: int) -> tuple[int, int]:
+        """Return (optimizer steps, records seen) of one round for a client of ``records``."""
+        per_epoch = math.ceil(records / self.batch)
+        if self.steps is None:
+            return (self.epochs or 1) * per_epoch, (self.epochs or 1) * records
+        whole, rest = divmod(self.steps, per_epoch)
+        return self.steps, whole * records + min(rest * self.batch, records)
+
+    def seeing(self, records: int) -> Plain:
+        """Return this trainer with as many steps as it takes to see ``records`` records."""
+        return replace(self, epochs=None, steps=max(1, round(records / self.batch)))
+
+    def fit(self, job: Job) -> Fit:
+        """Train K clients side by side; one with fewer steps stands still while others go on."""
+        import torch
+
+        generators = [torch.Generator().manual_seed(seed) for seed in job.seeds]
+        plans = [list(self._order(e, s)) for e, s in zip(job.examples, job.seeds, strict=True)]
+        names = list(job.params)
+        leaves = [value.clone() for value in job.params.values()]
+        optimizer = self._optimizer(leaves)
+        clients, total = len(plans), max(len(p) for p in plans)
+        lr_sums, seen, losses = [0.0] * clients, [0] * clients, np.zeros(clients)
+        for step in range(total):
+            active = [step < len(p) for p in plans]
+            chosen = [p[step] if step < len(p) else p[-1][:0] for p in plans]
+            params = dict(zip(names, leaves, strict=True))
+            grads, sums = self._gradient(job, params, chosen, generators)
+            grads = self._clipped(job.adjust(grads, params))
+            lr = self._rate(job, step / total)
+            optimizer.param_groups[0]["lr"] = lr
+            _advance(optimizer, leaves, [grads[name] for name in names], active)
+            for k in range(clients):
+                lr_sums[k] += lr * active[k]
+                seen[k] += len(chosen[k])
+            losses += sums
+            job.on_step(sum(len(c) for c in chosen))
+        means = [float(losses[k]) / max(seen[k], 1) for k in range(clients)]
+        params = dict(zip(names, leaves, strict=True))
+        return Fit(params, [len(p) for p in plans], lr_sums, seen, means)
+
+    def _order(self, examples: Sequence[Example], seed: int) -> Iterator[np.ndarray]:
+        lengths = [len(example["input_ids"]) for example in examples]
+        rng = derive(seed, "order")
+        if self.steps is not None:
+            yield from stream(lengths, self.batch, rng, self.steps)
+            return
+        for _ in range(self.epochs or 1):
+            yield from batches(lengths, self.batch, rng)
+
+    def _optimizer(self, leaves: list[torch.Tensor]) -> torch.optim.Optimizer:
+        import torch
+
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                leaves, self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+            )
+        return torch.optim.AdamW(leaves, self.lr, weight_decay=self.weight_decay)
+
+    def _rate(self, job: Job, done: float) -> float:
+        start, end = job.progress
+        at = start + (end - start) * done
+        fall = {"constant": 0.0, "linear": at, "cosine": (1 - math.cos(math.pi * at)) / 2}
+        return self.lr * (1 - (1 - self.final) * fall[self.schedule])
+
+    def _gradient(
+        self,
+        job: Job,
+        params: Stacked,
+        chosen: Sequence[np.ndarray],
+        generators: Sequence[torch.Generator],
+    ) -> tuple[Stacked, np.ndarray]:
+        """Return each client's mean gradient over its chosen records, and the sums of losses."""
+        total: Stacked = {}
+        sums = np.zeros(len(chosen))
+        size = max(len(c) for c in chosen)
+        part = math.ceil(size / self.accumulate)
+        for at in range(0, size, part):
+            rows = [c[at : at + part] for c in chosen]
+            width = max(len(r) for r in rows)
+            records, weights = [], []
+            for k, row in enumerate(rows):
+                filled = [*row, *[0] * (width - len(row))]
+                records += [job.examples[k][i] for i in filled]
+                weights += [1 / max(len(chosen[k]), 1)] * len(row) + [0.0] * (width - len(row))
+            batch = job.learner.collate(records, weights)
+            grads, losses = job.learner.grads(params, job.fixed, batch, generators)
+            real = (batch.weights > 0) * losses
+            sums += real.reshape(len(chosen), width).sum(1).double().cpu().numpy()
+            total = {k: total[k] + g for k, g in grads.items()} if total else grads
+        return total, sums
+
+    def _clipped(self, grads: Stacked) -> Stacked:
+        if self.clip is None:
+            return grads
+        norms = sum(g.flatten(1).square().sum(1) for g in grads.values()) ** 0.5
+        factors = (self.clip / (norms + 1e-12)).clamp(max=1.0)
+        return {k: g * factors.reshape(-1, *[1] * (g.dim() - 1)) for k, g in grads.items()}
+
+
+def _advance(
+    optimizer: torch.optim.Optimizer,
+    leaves: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    active: Sequence[bool],
+) -> None:
+    """Take one step; clients that are done keep what they have."""
+    import torch
+
+    before = None if all(active) else [leaf.clone() for leaf in leaves]
+    for leaf, grad in zip(leaves, grads, strict=True):
+        leaf.grad = grad
+    optimizer.step()
+    for i, leaf in enumerate(leaves):
+        leaf.grad = None
+        if before is not None:
+            mask = torch.tensor(active, device=leaf.device).reshape(-1, *[1] * (leaf.dim() - 1))
+            leaf.copy_(torch.where(mask, leaf, before[i]))

@@ -1,0 +1,450 @@
+"""The vocabulary of fedpeft: the records that pass between its layers and one protocol per family.
+
+A method is a frozen dataclass in ``fedpeft/<family>/<name>.py`` that satisfies the family's
+protocol. What its fields are is its configuration; what it offers to and needs of other parts it
+says with three optional mappings from a trait to a reason::
+
+    offers  = {"labels": "every record has one"}           # what others may rely on
+    needs   = {"plain-sgd": "divides the update by lr"}    # some other part must offer it
+    refuses = {"masked": "needs each update by itself"}    # no other part may offer it
+
+``Plan`` compares them and knows no method by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # torch takes seconds to import; plans must not
+    import torch
+
+    from fedpeft.models._base import Base
+    from fedpeft.models._outline import Outline
+
+Tensors: TypeAlias = Mapping[str, NDArray[Any]]
+"""Named arrays. Outside torch code nothing else is passed around."""
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+"""What a receiver expects before it reads a packet: names and shapes, in order."""
+Stacked: TypeAlias = "dict[str, torch.Tensor]"
+"""Parameters of K clients trained in one pass: every tensor has a leading dimension K."""
+Metrics: TypeAlias = Mapping[str, float]
+Row: TypeAlias = Mapping[str, Any]
+"""One record as it came from its source: column name to value."""
+Example: TypeAlias = Mapping[str, NDArray[np.int64]]
+"""One tokenised record: ``input_ids`` [T], ``labels`` ([T] or scalar), perhaps more."""
+Scalar: TypeAlias = int | float | str
+Rng: TypeAlias = np.random.Generator
+Population: TypeAlias = Mapping[str, int]
+"""Every client that could be asked, with its number of training records."""
+
+# --- records ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """What a data source yields. ``fingerprint`` is a digest of the content, not of the path."""
+
+    train: Sequence[Row]
+    test: Sequence[Row] | None
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """What goes on the wire in one direction: sections of arrays in wire dtypes, small header."""
+
+    sections: Mapping[str, Tensors]
+    header: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """What happens to each adapter tensor in one round.
+
+    ``train`` changes at the client; ``down`` and ``up`` travel; ``local`` trains but stays in the
+    client's memory. A tensor in none of them is frozen and derived from the plan on every side.
+    """
+
+    train: frozenset[str]
+    down: frozenset[str]
+    up: frozenset[str]
+    local: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """How much each client of a cohort counts and what the sum is divided by.
+
+    Both are known before the first reply, so that a missing reply counts as zero.
+    """
+
+    of: Mapping[str, float]
+    denominator: float
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What the server holds of one client: decoded, checked, ``delta = trained - received``.
+
+    ``lr_sum`` adds up the learning rates of the local steps (steps x lr when constant).
+    """
+
+    client: str
+    delta: Tensors
+    weight: float
+    lr_sum: float
+    extras: Tensors = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What an aggregator makes of a cohort: one direction for the server optimizer."""
+
+    delta: Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Records of K clients, padded to the longest.
+
+    ``inputs`` go to the model ([K * b, T] each); ``labels`` [K * b] or [K * b, T]; ``weights``
+    [K * b] says how much each record's loss counts in its client's objective.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that a trainer may look at: K clients' parameters, data and randomness.
+
+    ``params`` train and start as received, ``fixed`` do not train; both [K, ...]. ``adjust`` maps
+    gradients and current parameters to corrected gradients. ``examples`` and ``seeds`` have one
+    entry per client. ``progress`` is where in the whole run this job starts and ends, in [0, 1];
+    ``on_step`` is told the number of records of each step.
+    """
+
+    learner: Learner
+    params: Stacked
+    fixed: Stacked
+    examples: Sequence[Sequence[Example]]
+    seeds: Sequence[int]
+    adjust: Callable[[Stacked, Stacked], Stacked]
+    progress: tuple[float, float] = (0.0, 1.0)
+    on_step: Callable[[int], None] = lambda _: None
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """All that a trainer returns; everything but ``params`` has one entry per client.
+
+    ``lr_sums`` add up the learning rates of the steps, ``seen`` counts records, ``losses`` are
+    means over the records seen, in nats.
+    """
+
+    params: Stacked
+    steps: Sequence[int]
+    lr_sums: Sequence[float]
+    seen: Sequence[int]
+    losses: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """What a correction may use when a client has finished.
+
+    ``delta`` is as the server will decode it, so control state follows what the server received.
+    """
+
+    received: Tensors
+    delta: Tensors
+    extras: Tensors
+    memory: Tensors
+    lr_sum: float
+
+
+# --- torch side --------------------------------------------------------------------------------
+
+
+class Attached(Protocol):
+    """A base model with adapter parameters taken from outside: a pure function of them."""
+
+    @property
+    def max_group(self) -> int | None:
+        """Most clients in one pass; ``None`` where there is no limit but memory."""
+        ...
+
+    def __call__(
+        self,
+        params: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """Return logits for ``inputs`` [K * b, ...] under ``params`` [K, ...].
+
+        ``generators``, one per client, draw the adapter's dropout masks; ``None`` turns it off.
+        """
+        ...
+
+    def detach(self) -> None:
+        """Give the base model back as it was."""
+        ...
+
+
+class Learner(Protocol):
+    """Pure functions of stacked parameters: all that trainers and evaluation see of a model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where parameters and batches live."""
+        ...
+
+    def grads(
+        self,
+        params: Stacked,
+        fixed: Stacked,
+        batch: Batch,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> tuple[Stacked, torch.Tensor]:
+        """Return gradients [K, ...] of the weighted loss, and each record's loss [K * b]."""
+        ...
+
+    def collate(self, records: Sequence[Example], weights: Sequence[float]) -> Batch:
+        """Pad tokenised records into one batch; each has its weight."""
+        ...
+
+    def evaluate(self, tensors: Tensors, examples: Sequence[Example]) -> Metrics:
+        """Return the task's metrics, and ``loss`` in nats, over ``examples``."""
+        ...
+
+
+# --- families: fedpeft/<family>/<name>.py -------------------------------------------------------
+
+
+@runtime_checkable
+class Source(Protocol):
+    """``data/``: where records come from."""
+
+    def load(self) -> Splits:
+        """Read the records. Raises ``DataError`` naming file, line and remedy."""
+        ...
+
+
+@runtime_checkable
+class Partition(Protocol):
+    """``partitions/``: how a simulation deals records to clients."""
+
+    def split(
+        self,
+        rows: Sequence[Row],
+        labels: Sequence[Hashable] | None,
+        clients: int | None,
+        rng: Rng,
+    ) -> Mapping[str, NDArray[np.int64]]:
+        """Return client name to sorted row numbers; disjoint, never empty.
+
+        ``labels`` has one entry per row where the task has labels. ``clients`` is the plan's line.
+        """
+        ...
+
+
+@runtime_checkable
+class Task(Protocol):
+    """``tasks/``: what is learned. ``head`` says which class of model; losses are per record."""
+
+    @property
+    def head(self) -> Literal["sequence-classification", "causal-lm"]:
+        """The ``transformers`` auto class to load."""
+        ...
+
+    def labels(self, rows: Sequence[Row]) -> Sequence[Hashable] | None:
+        """Return one label per row for partitions, or ``None`` where the task has none."""
+        ...
+
+    def classes(self, rows: Sequence[Row]) -> Sequence[str]:
+        """Return the names of the output classes seen in the training rows; empty without."""
+        ...
+
+    def encode(
+        self, rows: Sequence[Row], tokenizer: Any, limit: int, classes: Sequence[str]
+    ) -> Sequence[Example]:
+        """Tokenise; ``limit`` is the model's longest input. Raises ``DataError``."""
+        ...
+
+    def collate(self, examples: Sequence[Example], pad: int) -> tuple[dict[str, Any], Any]:
+        """Pad to the longest record of the batch; return model inputs and labels (tensors)."""
+        ...
+
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return one loss per record [b] that does not depend on the other records."""
+        ...
+
+    def tally(self, logits: torch.Tensor, labels: torch.Tensor) -> Metrics:
+        """Return sums over the batch; they add up over batches."""
+        ...
+
+    def metrics(self, tally: Metrics) -> Metrics:
+        """Turn sums into metrics."""
+        ...
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """``adapters/``: which tensors there are; which train, travel and stay in each round."""
+
+    def shapes(self, outline: Outline) -> Shapes:
+        """Return the adapter tensors for a model of this outline, without loading it."""
+        ...
+
+    def roles(self, shapes: Shapes, round: int) -> Roles:
+        """Say what happens to each tensor in ``round``."""
+        ...
+
+    def initial(self, base: Base, shapes: Shapes, seed: int) -> Tensors:
+        """Return the float32 tensors before round 0."""
+        ...
+
+    def attach(self, base: Base) -> Attached:
+        """Tie the adapter to a loaded model."""
+        ...
+
+    def export(self, base: Base, tensors: Tensors, folder: Path) -> None:
+        """Write the folder that other tools load."""
+        ...
+
+    def restore(self, folder: Path, shapes: Shapes) -> Tensors:
+        """Read such a folder. Raises ``ModelError`` where it does not fit."""
+        ...
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """``trainers/``: the local optimizer and its loop."""
+
+    def fit(self, job: Job) -> Fit:
+        """Train K clients."""
+        ...
+
+    def budget(self, records: int) -> tuple[int, int]:
+        """Return (optimizer steps, records seen) of one round for a client of ``records``."""
+        ...
+
+    def seeing(self, records: int) -> Trainer:
+        """Return this trainer with as many steps as it takes to see ``records`` records."""
+        ...
+
+
+@runtime_checkable
+class Correction(Protocol):
+    """``corrections/``: what pulls local steps together. It never passes through the aggregator.
+
+    Every method has a default that does nothing; a correction overrides what it needs, and says
+    with ``remembers`` whether :meth:`client_update` returns memory.
+    """
+
+    remembers: ClassVar[bool] = False
+
+    def server_init(self, params: Tensors) -> Tensors:
+        """Return the server's control state before round 0."""
+        return {}
+
+    def broadcast(self, control: Tensors) -> Tensors:
+        """Return the part of the control state that travels down."""
+        return {}
+
+    def start(self, received: Tensors, extras: Tensors, memory: Tensors) -> Tensors:
+        """Return this client's constants for :meth:`adjust`, named ``<constant>/<tensor>``."""
+        return {}
+
+    def adjust(self, gradient: Stacked, params: Stacked, constants: Stacked) -> Stacked:
+        """Return the corrected gradient; element-wise in the client dimension."""
+        return gradient
+
+    def client_update(self, local: Local) -> tuple[Tensors, Tensors]:
+        """Return (extras that travel up, new memory)."""
+        return {}, {}
+
+    def extras_up(self, shapes: Shapes) -> Shapes:
+        """Return the names and shapes of the extras that travel up."""
+        return {}
+
+    def server_update(
+        self, control: Tensors, before: Tensors, update: Update, population: int
+    ) -> Tensors:
+        """Fold one update into ``control``; ``before`` is the control state that was sent."""
+        return control
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """``codecs/``: tensors to arrays in wire dtypes, perhaps lossy. Chains with ``|``."""
+
+    def encode(self, tensors: Tensors, rng: Rng) -> Tensors:
+        """Return the arrays to send."""
+        ...
+
+    def decode(self, arrays: Tensors, shapes: Shapes) -> Tensors:
+        """Return float32 tensors of these shapes. Raises ``WireError``."""
+        ...
+
+
+@runtime_checkable
+class Weighting(Protocol):
+    """``weighting/``: how much each update counts and what the sum is divided by."""
+
+    def weigh(self, cohort: Sequence[str], population: Population, expected: float) -> Weights:
+        """Weigh a cohort; ``expected`` is the expected size of a cohort."""
+        ...
+
+
+@runtime_checkable
+class Aggregator(Protocol):
+    """``aggregators/``: many updates to one direction."""
+
+    def reduce(self, updates: Iterable[Update], params: Tensors, weights: Weights) -> Step:
+        """Consume the updates once, in client order; no update gives a zero step."""
+        ...
+
+
+@runtime_checkable
+class ServerOptimizer(Protocol):
+    """``optimizers/``: one direction to new global tensors."""
+
+    def init(self, params: Tensors) -> Tensors:
+        """Return the slots before round 0."""
+        ...
+
+    def step(self, params: Tensors, delta: Tensors, slots: Tensors) -> tuple[Tensors, Tensors]:
+        """Return new tensors for the names of ``delta``, and new slots."""
+        ...
+
+
+@runtime_checkable
+class Cohort(Protocol):
+    """``cohorts/``: whom the server asks."""
+
+    def choose(self, names: Sequence[str], rng: Rng) -> Sequence[str]:
+        """Return the clients of one round, in the order of ``names``."""
+        ...
+
+    def expected(self, population: int) -> float:
+        """Return the expected size of a cohort."""
+        ...
+
+
+@runtime_checkable
+class Preset(Protocol):
+    """``presets/``: a paper by its name."""
+
+    def lines(self) -> Mapping[str, str]:
+        """Return the plan lines it fills; explicit lines win."""
+        ...
