@@ -91,5 +91,5 @@ def _checksum(tensors: Tensors) -> str:
     digest = xxhash.xxh3_64()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(memoryview(tensors[name].reshape(-1)).cast("B"))
+        digest.update(tensors[name].reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -220,10 +220,9 @@ def _in_order(
 ) -> Iterator[tuple[str, Buffers | bytes | Exception]]:
     """Yield answers in the order of the cohort; those that come early wait, encoded."""
     waiting: dict[str, Buffers | bytes | Exception] = {}
-    order, done = iter(cohort), 0
+    order = iter(cohort)
     expected = next(order, None)
-    for client, answer in answers:
-        done += 1
+    for done, (client, answer) in enumerate(answers, 1):
         tell(done, len(cohort))
         waiting[client] = answer
         while expected in waiting:

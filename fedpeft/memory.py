@@ -1,7 +1,7 @@
-"""What a client keeps between rounds (control variates, a private head): it never leaves the client.
+"""What a client keeps between rounds (control variates, a private head); it never leaves it.
 
-What a round wrote counts only once a later broadcast shows that the reply arrived. So a memory holds
-two versions: the last one known to be acknowledged, and the one of the latest round.
+What a round wrote counts only once a later broadcast shows that the reply arrived. So a memory
+holds two versions: the last one known to be acknowledged, and the one of the latest round.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -98,7 +99,7 @@ class OnDisk:
 
     def save(self, client: str, memory: Memory) -> None:
         """Keep it; an empty memory needs no file."""
-        flat: dict[str, object] = {}
+        flat: dict[str, NDArray[Any]] = {}
         for round, tensors in memory.versions.items():
             flat |= prefixed(str(round), tensors)
         if flat:

@@ -58,10 +58,11 @@ class Plan:
     ``clients`` is how many a simulation deals the data to (natural partitions bring their own).
     ``holdout`` is the share of each client's records kept for federated evaluation. Every
     ``eval_every`` rounds the adapter is evaluated on ``evaluate``: the server's ``test`` set, the
-    ``clients``' held-out records (of ``eval_clients`` of them, drawn once), or both. ``keep_best`` names a metric such as
-    ``test/accuracy``; the best round is exported, and after ``patience`` evaluations without
-    progress the run ends. ``warm_start`` is an adapter folder to start from. ``compare`` lists what
-    the final table sets beside the federated adapter: ``base``, ``alone``, ``central``.
+    ``clients``' held-out records (of ``eval_clients`` of them, drawn once), or both.
+    ``keep_best`` names a metric such as ``test/accuracy``; the best round is exported, and after
+    ``patience`` evaluations without progress the run ends. ``warm_start`` is an adapter folder to
+    start from. ``compare`` lists what the final table sets beside the federated adapter: ``base``,
+    ``alone``, ``central``.
     """
 
     model: str

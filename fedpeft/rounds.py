@@ -94,8 +94,15 @@ class Tables:
 class Client(Protocol):
     """What a client's round needs of the process it runs in (``site.Site`` has it)."""
 
-    learner: Learner
-    tables: Tables
+    @property
+    def learner(self) -> Learner:
+        """The model as pure functions."""
+        ...
+
+    @property
+    def tables(self) -> Tables:
+        """What is expected on the wire."""
+        ...
 
     @property
     def initial(self) -> Tensors:
@@ -117,9 +124,8 @@ def broadcast(plan: Plan, tables: Tables, state: ServerState) -> Body:
     """Encode what every client of this round receives; ``seal`` it with :func:`header`."""
     expected = tables.down(state.round)
     rng = derive(plan.seed, state.round, "downlink")
-    sections = {
-        "adapter": plan.downlink.encode({k: state.params[k] for k in expected["adapter"]}, rng)
-    }
+    shared = {k: state.params[k] for k in expected["adapter"]}
+    sections = {"adapter": plan.downlink.encode(shared, rng)}
     if "control" in expected:
         sections["control"] = plan.correction.broadcast(state.control)
     return body(sections, expected)

@@ -1,7 +1,8 @@
 """Turn ``"topk(density=0.01) | int8"`` into objects, and back.
 
-A method is a frozen dataclass in ``fedpeft/<family>/<name>.py``. The file name is its name in a plan
-and the class has the same letters. ``"mypkg.robust:Median(beta=0.2)"`` reaches outside the package.
+A method is a frozen dataclass in ``fedpeft/<family>/<name>.py``. The file name is its name in a
+plan and the class has the same letters. ``"mypkg.robust:Median(beta=0.2)"`` reaches outside the
+package.
 """
 
 from __future__ import annotations

@@ -91,9 +91,10 @@ def unpack(message: Buffers | bytes, expected: Mapping[str, Shapes], limit: int)
 
     ``limit`` bounds the bytes of the body. Arrays are read-only views of the message.
     """
-    preamble, head, *parts = pieces = _pieces(message)
+    pieces = _pieces(message)
     header, sections = _read_head(_head(pieces))
-    _, _, declared, _, checksum = _PREAMBLE.unpack(preamble)
+    _, _, declared, _, checksum = _PREAMBLE.unpack(pieces[0])
+    parts = pieces[2:]
     found = sum(memoryview(part).nbytes for part in parts)
     if found != declared:
         raise WireError(f"declares a body of {declared} bytes, has {found}")
@@ -123,7 +124,7 @@ _Entry: TypeAlias = tuple[str, tuple[int, ...], "np.dtype[Any]"]
 
 def _flat(value: np.ndarray) -> memoryview:
     little = value.astype(value.dtype.newbyteorder("<"), copy=False)
-    return memoryview(np.ascontiguousarray(little).reshape(-1)).cast("B")
+    return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
 
 
 def _checksum(pieces: Buffers) -> int:
@@ -134,7 +135,7 @@ def _checksum(pieces: Buffers) -> int:
 
 
 def _pieces(message: Buffers | bytes) -> list[bytes | memoryview]:
-    pieces = [message] if isinstance(message, bytes) else list(message)
+    pieces: list[bytes | memoryview] = [message] if isinstance(message, bytes) else [*message]
     if len(pieces) < 2 or len(pieces[0]) != _PREAMBLE.size:  # whole, as from a network
         pieces = _cut(b"".join(pieces))
     return pieces

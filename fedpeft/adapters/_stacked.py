@@ -62,7 +62,7 @@ class StackedLora:
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             a, b = self._params[name_a], self._params[name_b]
-            x = self._drop(args[0], a.shape[0])
+            x: Tensor = self._drop(args[0], a.shape[0])
             grouped = x.reshape(a.shape[0], -1, x.shape[-1])
             product = grouped @ a.transpose(1, 2) @ b.transpose(1, 2)
             return output + self._scale * product.reshape(output.shape)
@@ -75,7 +75,7 @@ class StackedLora:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             weight, bias = self._params[name_w], self._params.get(name_b)
             grouped = args[0].reshape(weight.shape[0], -1, weight.shape[-1])
-            result = grouped @ weight.transpose(1, 2)
+            result: Tensor = grouped @ weight.transpose(1, 2)
             if bias is not None:
                 result = result + bias.unsqueeze(1)
             return result.reshape(output.shape)
@@ -91,4 +91,5 @@ class StackedLora:
             torch.empty(part.shape).bernoulli_(keep, generator=g).to(x.device)
             for part, g in zip(parts, self._generators, strict=True)
         ]
-        return (parts * torch.stack(masks) / keep).reshape(x.shape)
+        dropped: Tensor = parts * torch.stack(masks) / keep
+        return dropped.reshape(x.shape)

@@ -46,8 +46,7 @@ class Full:
         import torch
 
         state = {k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}
-        base.model.save_pretrained(folder, state_dict=state)
-        base.tokenizer.save_pretrained(folder)
+        base.save_pretrained(folder, state)
 
     def restore(self, folder: Path, shapes: Shapes) -> Tensors:
         """Read such a folder. Raises ``ModelError`` where a parameter is missing or misshapen."""

@@ -32,6 +32,12 @@ class Base:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
+    def save_pretrained(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        """Write a ``transformers`` folder with these parameters."""
+        model: Any = self.model
+        model.save_pretrained(folder, state_dict=dict(state))
+        self.tokenizer.save_pretrained(folder)
+
 
 @lru_cache(maxsize=4)
 def load_tokenizer(model: str) -> Any:

