@@ -1,22 +1,16 @@
-"""The whole server state as one safetensors file: complete and checked, or refused."""
+"""The whole server state as one file: complete and checked, or refused."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
-
-from fedpeft.durable import replace_file
 from fedpeft.errors import RunError
 from fedpeft.evaluation import Best
 from fedpeft.rounds import ServerState
+from fedpeft.tensor_file import read_tensor_file, write_tensor_file
 from fedpeft.tensors import prefixed, select
 from fedpeft.types import Tensors
 
@@ -43,18 +37,20 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, digest: str) -> None:
         **prefixed("control", state.control),
         **prefixed("best", checkpoint.best_params),
     }
-    # safetensors takes the buffer as it lies, so a transposed view would be written scrambled
-    solid = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    about = {
+    note = {
         "digest": digest,
         "round": state.round,
         "acks": dict(state.acks),
         "best": asdict(checkpoint.best),
         "line": dict(checkpoint.line),
-        "checksum": _checksum(solid),
     }
     path = folder / f"state-{state.round:06d}.safetensors"
-    replace_file(path, [save(solid, {"fedpeft": json.dumps(about)})], "checkpoint")
+    write_tensor_file(path, tensors, note, "checkpoint")
+    drop_old(folder)
+
+
+def drop_old(folder: Path) -> None:
+    """Delete all but the newest checkpoints; a kill may have come before that was done."""
     for old in sorted(folder.glob("state-*.safetensors"))[:-KEPT]:
         old.unlink()
 
@@ -70,26 +66,11 @@ def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
     path, remedy = paths[-1], "start again in another folder"
     if len(paths) > 1:
         remedy = f"delete it to resume from {paths[-2].name}"
-    try:
-        with safe_open(path, framework="numpy") as file:
-            about = json.loads((file.metadata() or {})["fedpeft"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise RunError(f"{path}: cut short or damaged ({error}); {remedy}") from None
-    if about["checksum"] != _checksum(tensors):
-        raise RunError(f"{path}: its checksum does not match; {remedy}")
-    if about["digest"] != digest:
-        raise RunError(f"{path}: belongs to another plan")
+    tensors, note = read_tensor_file(path, remedy)
+    if note["digest"] != digest:
+        raise RunError(f"{path}: belongs to another plan; {remedy}")
     parts = {name: select(tensors, name) for name in ("params", "slots", "control", "best")}
     state = ServerState(
-        parts["params"], parts["slots"], parts["control"], about["acks"], about["round"]
+        parts["params"], parts["slots"], parts["control"], note["acks"], note["round"]
     )
-    return Checkpoint(state, Best(**about["best"]), parts["best"], about["line"])
-
-
-def _checksum(tensors: Tensors) -> str:
-    digest = xxhash.xxh3_64()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    return Checkpoint(state, Best(**note["best"]), parts["best"], note["line"])

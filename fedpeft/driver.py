@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +20,13 @@ from fedpeft.export import write_adapter
 from fedpeft.federation import Federation, deal
 from fedpeft.models._base import fingerprint
 from fedpeft.plan import Plan
+from fedpeft.preflight import check
 from fedpeft.rng import derive
 from fedpeft.rounds import Report, ServerState, broadcast, header, server_round, start
 from fedpeft.run_folder import RunFolder
 from fedpeft.site import Site
 from fedpeft.types import Metrics, Tensors
-from fedpeft.wire import Buffers
-from fedpeft.wire import size as message_size
+from fedpeft.wire import Message
 
 Line = Mapping[str, Any]
 
@@ -100,6 +101,11 @@ def input_digests(plan: Plan, federation: Federation) -> tuple[str, ...]:
     return tuple(found)
 
 
+def plan_digest(plan: Plan) -> str:
+    """Return the content address of a run: its plan, data and model."""
+    return plan.digest(*input_digests(plan, deal(plan)))
+
+
 def simulate(
     plan: Plan,
     *,
@@ -116,7 +122,7 @@ def simulate(
     from fedpeft.engine.inline import Inline
     from fedpeft.memory import InProcess
 
-    federation = deal(plan)
+    federation = check(plan).federation
     if out is None:
         with contextlib.closing(Site(plan, federation, device)) as site:
             return drive(plan, site, Inline(site, InProcess()), None, watch or Quiet())
@@ -130,7 +136,7 @@ def simulate(
 
 def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watch: Watch) -> Result:
     """Run the rounds that are left, export the adapter and write the final table."""
-    run = _Run(plan, site, engine, folder, watch, folder.run if folder else "in-process")
+    run = _Run(plan, site, engine, folder, watch, folder.run if folder else uuid.uuid4().hex)
     found = folder.load() if folder else None
     at = found or Checkpoint(start(plan, site.tables, site.initial))
     run.history = list(folder.history()) if folder else []
@@ -164,10 +170,10 @@ def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
     body = broadcast(plan, run.site.tables, state)
     sent = {"bytes": 0}
 
-    def requests() -> Iterator[tuple[str, Buffers]]:
+    def requests() -> Iterator[tuple[str, Message]]:
         for client in cohort:
             message = body.seal(header(state, run.run, client))
-            sent["bytes"] += message_size(message)
+            sent["bytes"] += message.nbytes
             yield client, message
 
     answers = _in_order(run.engine.exchange(requests()), cohort, run.watch.client)
@@ -214,12 +220,12 @@ def _evaluate(run: _Run, state: ServerState) -> dict[str, Any]:
 
 
 def _in_order(
-    answers: Iterable[tuple[str, Buffers | bytes | Exception]],
+    answers: Iterable[tuple[str, Message | bytes | Exception]],
     cohort: Sequence[str],
     tell: Callable[[int, int], None],
-) -> Iterator[tuple[str, Buffers | bytes | Exception]]:
+) -> Iterator[tuple[str, Message | bytes | Exception]]:
     """Yield answers in the order of the cohort; those that come early wait, encoded."""
-    waiting: dict[str, Buffers | bytes | Exception] = {}
+    waiting: dict[str, Message | bytes | Exception] = {}
     order = iter(cohort)
     expected = next(order, None)
     for done, (client, answer) in enumerate(answers, 1):

@@ -6,13 +6,16 @@ process with SIGKILL there; ``FAULTS`` names every such point.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from fedpeft.errors import RunError
+
 KINDS = ("plan", "memory", "checkpoint", "ledger", "adapter", "compare", "result")
-"""What is written: see ``runs.py`` for the files."""
+"""What is written: see ``run_folder.py`` for the files."""
 MOMENTS = ("begun", "half", "written", "synced", "renamed", "settled")
 """Nothing yet; half the bytes; before fsync; after it and before the rename; after the rename and
 before the folder's fsync; after that."""
@@ -32,39 +35,51 @@ def fault(point: str) -> None:
 
 
 def replace_file(path: Path, pieces: Iterable[bytes], kind: str) -> None:
-    """Write ``path`` so that a reader finds the old content or all of the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``path`` so that a reader finds the old content or all of the new.
+
+    Raises ``RunError`` where the disk does not take it.
+    """
     temporary = path.with_name(f".{path.name}.new")
-    _write(temporary, pieces, kind, "wb")
-    os.replace(temporary, path)
-    _settle(path.parent, kind)
+    with _writing(path):
+        make_folder(path.parent)
+        _write(temporary, pieces, kind, "wb")
+        os.replace(temporary, path)
+        _settle(path.parent, kind)
 
 
 def append_line(path: Path, line: str, kind: str) -> None:
-    """Append one line; a kill leaves at most a part of it, which the next reader drops."""
-    _write(path, [line.encode() + b"\n"], kind, "ab")
-    _settle(path.parent, kind)
+    """Append one line; a kill leaves at most a part of it, which the next reader drops.
+
+    Raises ``RunError`` where the disk does not take it.
+    """
+    with _writing(path):
+        _write(path, [line.encode() + b"\n"], kind, "ab")
+        _settle(path.parent, kind)
 
 
 def replace_folder(path: Path, temporary: Path, kind: str) -> None:
-    """Put the finished folder ``temporary`` in the place of ``path``."""
-    fault(f"{kind}.begun")
-    files = [p for p in sorted(temporary.rglob("*")) if p.is_file()]
-    for i, file in enumerate(files):
-        if i == len(files) // 2:
-            fault(f"{kind}.half")
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    fault(f"{kind}.written")
-    _sync_folder(temporary)
+    """Put the finished folder ``temporary`` in the place of ``path``.
+
+    A kill may leave neither there, never a part of one. Raises ``RunError`` where the disk fails.
+    """
     old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        remove_folder(old)
-        os.replace(path, old)
-    fault(f"{kind}.synced")
-    os.replace(temporary, path)
-    _settle(path.parent, kind)
+    with _writing(path):
+        _sync_tree(temporary, kind)
+        if path.exists():
+            remove_folder(old)
+            os.replace(path, old)
+        fault(f"{kind}.synced")
+        os.replace(temporary, path)
+        _settle(path.parent, kind)
     remove_folder(old)
+
+
+def make_folder(path: Path) -> None:
+    """Make ``path`` and its missing parents so that a power cut does not take them away."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _sync(made.parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -72,6 +87,15 @@ def remove_folder(path: Path) -> None:
     import shutil
 
     shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"{path}: cannot be written ({reason}); continue with --resume") from error
 
 
 def _write(path: Path, pieces: Iterable[bytes], kind: str, mode: str) -> None:
@@ -90,14 +114,25 @@ def _write(path: Path, pieces: Iterable[bytes], kind: str, mode: str) -> None:
     fault(f"{kind}.synced")
 
 
+def _sync_tree(folder: Path, kind: str) -> None:
+    fault(f"{kind}.begun")
+    found = sorted(folder.rglob("*"))
+    for i, path in enumerate(found):
+        if i == len(found) // 2:
+            fault(f"{kind}.half")
+        _sync(path)
+    _sync(folder)
+    fault(f"{kind}.written")
+
+
 def _settle(folder: Path, kind: str) -> None:
     fault(f"{kind}.renamed")
-    _sync_folder(folder)
+    _sync(folder)
     fault(f"{kind}.settled")
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,7 @@ from fedpeft.plan import Plan
 from fedpeft.rng import derive
 from fedpeft.rounds import Client, receive
 from fedpeft.types import Example, Metrics
-from fedpeft.wire import Buffers
+from fedpeft.wire import Message
 
 _LOWER_IS_BETTER = ("loss", "perplexity")
 
@@ -42,7 +42,7 @@ def client_evaluation(
     site: Client,
     held: Sequence[Example],
     client: str,
-    message: Buffers | bytes,
+    message: Message | bytes,
     memory: Memory,
 ) -> Metrics:
     """Return the metrics of what ``client`` holds after ``message`` on its held-out records."""

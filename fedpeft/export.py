@@ -28,7 +28,7 @@ def write_adapter(
     temporary = path.with_name(f".{path.name}.new")
     remove_folder(temporary)
     temporary.mkdir(parents=True)
-    solid = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    solid = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     plan.adapter.export(site.base, solid, temporary)
     about = {"lines": plan.lines(), "classes": list(site.federation.classes)}
     (temporary / PROVENANCE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -91,7 +91,7 @@ def merge(adapter: Path, out: Path) -> None:
             plan.adapter.export(base, read_tensors(adapter), target)
         base.tokenizer.save_pretrained(target)
         (target / PROVENANCE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        target.rename(out)
+        replace_folder(out, target, "merged")
 
 
 def folder_digest(folder: Path) -> str:

@@ -1,7 +1,8 @@
 """What a client keeps between rounds (control variates, a private head); it never leaves it.
 
 What a round wrote counts only once a later broadcast shows that the reply arrived. So a memory
-holds two versions: the last one known to be acknowledged, and the one of the latest round.
+holds the version of the latest round and the last one known to be acknowledged; and the one
+acknowledged before that, for a server that goes back to its last checkpoint but one.
 """
 
 from __future__ import annotations
@@ -14,11 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
-from fedpeft.durable import replace_file
 from fedpeft.errors import RunError
+from fedpeft.tensor_file import read_tensor_file, write_tensor_file
 from fedpeft.tensors import prefixed, select
 from fedpeft.types import Tensors
 
@@ -28,7 +27,7 @@ NEVER = -1
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Versions by the round that wrote them: at most two."""
+    """Versions by the round that wrote them: at most three."""
 
     versions: Mapping[int, Tensors] = field(default_factory=dict)
 
@@ -48,8 +47,8 @@ class Memory:
 
     def after(self, acknowledged: int, round: int, tensors: Tensors) -> Memory:
         """Return the memory once ``round`` has written ``tensors``."""
-        kept = {acknowledged: self.versions[acknowledged]} if acknowledged in self.versions else {}
-        return Memory({**kept, round: tensors})
+        kept = sorted(version for version in self.versions if version <= acknowledged)[-2:]
+        return Memory({**{version: self.versions[version] for version in kept}, round: tensors})
 
 
 class MemoryStore(Protocol):
@@ -80,7 +79,7 @@ class InProcess:
 
 
 class OnDisk:
-    """One safetensors file per client, replaced atomically."""
+    """One file per client, replaced atomically."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -90,20 +89,18 @@ class OnDisk:
         path = self._path(client)
         if not path.exists():
             return Memory()
-        try:
-            held = load(path.read_bytes())
-        except SafetensorError as error:
-            raise RunError(f"{path}: damaged ({error}); the run cannot go on exactly") from None
-        rounds = sorted({int(name.split("/", 1)[0]) for name in held})
-        return Memory({r: select(held, str(r)) for r in rounds})
+        remedy = "restore the client's memory or start a new run"
+        held, note = read_tensor_file(path, remedy)
+        return Memory({int(version): select(held, version) for version in note["versions"]})
 
     def save(self, client: str, memory: Memory) -> None:
         """Keep it; an empty memory needs no file."""
         flat: dict[str, NDArray[Any]] = {}
-        for round, tensors in memory.versions.items():
-            flat |= prefixed(str(round), tensors)
-        if flat:
-            replace_file(self._path(client), [save(flat)], "memory")
+        for version, tensors in memory.versions.items():
+            flat |= prefixed(str(version), tensors)
+        if memory.versions:
+            note = {"versions": [str(version) for version in memory.versions]}
+            write_tensor_file(self._path(client), flat, note, "memory")
 
     def _path(self, client: str) -> Path:
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", client)[:60]

@@ -47,6 +47,8 @@ PARTS: Mapping[str, tuple[str, str | None]] = {
 
 COMPARISONS = ("base", "alone", "central")
 EVALUATIONS = ("test", "clients")
+_LISTS = ("evaluate", "compare")
+"""Lines that are lists of words, and so may be empty."""
 _REPORTING = ("compare",)
 """Lines that do not change the adapter, and so are not part of a run's identity."""
 
@@ -112,13 +114,17 @@ class Plan:
             except FedPeftError as error:
                 problems.append(f"{line}: {error}")
         for line, (kind, required) in _SCALARS.items():
-            if line in lines:
-                try:
-                    chosen[line] = _scalar(lines[line], kind)
-                except ValueError as error:
-                    problems.append(f"{line}: {error}")
+            try:
+                value = _scalar(lines.get(line), kind)
+            except ValueError as error:
+                problems.append(f"{line}: {error}")
+                continue
+            if value is not None:
+                chosen[line] = value
             elif required:
                 problems.append(f"the plan has no line {line!r}")
+            elif line in lines and line in _LISTS:
+                chosen[line] = ""
         if problems:
             raise PlanError(*problems)
         return cls(**chosen)
@@ -199,7 +205,7 @@ _SCALARS: Mapping[str, tuple[type, bool]] = {
 
 def _scalar(value: Any, kind: type) -> Any:
     if value is None or value in ("none", ""):
-        return "" if kind is str and value == "" else None
+        return None
     if kind is str:
         return ",".join(map(str, value)) if isinstance(value, list) else str(value)
     words = {int: "a whole number", float: "a number"}

@@ -17,7 +17,8 @@ from fedpeft.errors import WireError
 from fedpeft.memory import NEVER, Memory
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
-from fedpeft.tensors import is_finite, prefixed, select, shapes_of, size, subtract
+from fedpeft.tables import Tables, limit
+from fedpeft.tensors import is_finite, prefixed, select, shapes_of, subtract
 from fedpeft.types import (
     Example,
     Fit,
@@ -26,18 +27,19 @@ from fedpeft.types import (
     Local,
     Metrics,
     Population,
-    Roles,
     Scalar,
-    Shapes,
     Tensors,
     Update,
     Weights,
 )
-from fedpeft.wire import Body, Buffers, body, peek, unpack
-from fedpeft.wire import size as message_size
+from fedpeft.wire import Body, Message, body, peek, unpack
 
 if TYPE_CHECKING:
     import torch
+
+
+_MOST, _MOST_WORDS = 1e15, 300
+"""No honest reply reports more steps or records; no reason that is kept is longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,36 +61,6 @@ class Report:
     refused: Mapping[str, str]
     up_bytes: int
     metrics: Metrics
-
-
-class Tables:
-    """Names and shapes of every section, which both sides derive from the plan alone."""
-
-    def __init__(self, plan: Plan, shapes: Shapes) -> None:
-        self._plan, self.shapes = plan, shapes
-
-    def roles(self, round: int) -> Roles:
-        """What happens to each tensor in ``round``."""
-        return self._plan.adapter.roles(self.shapes, round)
-
-    def down(self, round: int) -> dict[str, Shapes]:
-        """What a broadcast of ``round`` holds."""
-        down = self.roles(round).down
-        shared = {k: s for k, s in self.shapes.items() if k in down}
-        zeros = {k: np.zeros(s, np.float32) for k, s in shared.items()}
-        control = self._plan.correction.broadcast(self._plan.correction.server_init(zeros))
-        return _sections(shared, shapes_of(control))
-
-    def up(self, round: int) -> dict[str, Shapes]:
-        """What a reply of ``round`` holds."""
-        up = self.roles(round).up
-        shared = {k: s for k, s in self.shapes.items() if k in up}
-        return _sections(shared, self._plan.correction.extras_up(shared))
-
-    @property
-    def remembers(self) -> bool:
-        """Whether clients keep memory under this plan."""
-        return self._plan.correction.remembers or bool(self.roles(0).local)
 
 
 class Client(Protocol):
@@ -149,7 +121,7 @@ class Received:
 
 
 def receive(
-    plan: Plan, site: Client, client: str, message: Buffers | bytes, memory: Memory
+    plan: Plan, site: Client, client: str, message: Message | bytes, memory: Memory
 ) -> Received:
     """Decode a broadcast. Raises ``WireError`` for a message that is none."""
     told = peek(message)
@@ -157,18 +129,15 @@ def receive(
         round, acknowledged = int(told["round"]), int(told["ack"])
     except (KeyError, ValueError):
         raise WireError("message is no broadcast: its header lacks round and ack") from None
-    expected = site.tables.down(round)
-    packet = unpack(message, expected, _limit(expected))
-    shared = plan.downlink.decode(packet.sections["adapter"], expected["adapter"])
+    came = site.tables.decode(message, round)
     kept = memory.at(acknowledged, client) if site.tables.remembers else {}
-    tensors = {**site.initial, **select(kept, "local"), **shared}
-    extras = packet.sections.get("control", {})
-    return Received(told, round, acknowledged, tensors, extras, select(kept, "correction"))
+    tensors = {**site.initial, **select(kept, "local"), **came.adapter}
+    return Received(told, round, acknowledged, tensors, came.control, select(kept, "correction"))
 
 
 def client_round(
-    plan: Plan, site: Client, client: str, message: Buffers | bytes, memory: Memory
-) -> tuple[Buffers, Memory]:
+    plan: Plan, site: Client, client: str, message: Message | bytes, memory: Memory
+) -> tuple[Message, Memory]:
     """Decode, train, subtract, encode. Raises ``WireError`` for a message that is no broadcast."""
     got = receive(plan, site, client, message, memory)
     round = got.round
@@ -204,7 +173,7 @@ def server_round(
     run: str,
     population: Population,
     weights: Weights,
-    replies: Iterable[tuple[str, Buffers | bytes | Exception]],
+    replies: Iterable[tuple[str, Message | bytes | Exception]],
 ) -> tuple[ServerState, Report]:
     """Decode and check each reply, aggregate, step.
 
@@ -221,7 +190,7 @@ def server_round(
             try:
                 if isinstance(reply, Exception):
                     raise WireError(str(reply))
-                up_bytes += message_size(reply if not isinstance(reply, bytes) else [reply])
+                up_bytes += len(reply) if isinstance(reply, bytes) else reply.nbytes
                 update = _receive(plan, tables, state, run, client, reply, weights)
             except WireError as error:
                 refused[client] = str(error)
@@ -271,27 +240,41 @@ def _receive(
     state: ServerState,
     run: str,
     client: str,
-    reply: Buffers | bytes,
+    reply: Message | bytes,
     weights: Weights,
 ) -> Update:
     expected = tables.up(state.round)
-    packet = unpack(reply, expected, _limit(expected))
+    packet = unpack(reply, expected, limit(expected))
     told = packet.header
     if (told.get("run"), told.get("round")) != (run, state.round):
         raise WireError(f"reply belongs to run {told.get('run')}, round {told.get('round')}")
     numbers = {k: told.get(k) for k in ("steps", "lr_sum", "seen", "loss")}
     if not all(isinstance(v, int | float) and v >= 0 for v in numbers.values()):
         raise WireError(f"reply lacks a number among {', '.join(numbers)}")
+    if too := [k for k in ("steps", "seen") if float(told[k]) > _MOST]:
+        raise WireError(f"reply reports {told[too[0]]} {too[0]}")
     if client not in weights.of:
         raise WireError("reply from a client that was not asked")
     delta = plan.uplink.decode(packet.sections["adapter"], expected["adapter"])
     extras = packet.sections.get("control", {})
     if shapes_of(delta) != expected["adapter"] or shapes_of(extras) != expected.get("control", {}):
         raise WireError("update has other names or shapes than the plan's adapter")
+    if any(value.dtype != np.float32 for value in extras.values()):
+        raise WireError("control variates are not float32")
     if not (is_finite(delta) and is_finite(extras)):
         raise WireError("update holds values that are not finite: training diverged; lower lr")
     metrics = {k: float(told[k]) for k in ("loss", "seen", "steps")}
     return Update(client, delta, weights.of[client], float(told["lr_sum"]), extras, metrics)
+
+
+def _corrected(
+    plan: Plan, control: Tensors, before: Tensors, update: Update, population: int
+) -> Tensors:
+    with np.errstate(over="ignore", invalid="ignore"):
+        moved = plan.correction.server_update(control, before, update, population)
+    if moved is not control and not is_finite(moved):
+        raise WireError("control state would not stay finite")
+    return moved
 
 
 def _metrics(used: Sequence[Update]) -> Metrics:
@@ -300,14 +283,6 @@ def _metrics(used: Sequence[Update]) -> Metrics:
         return {}
     loss = sum(u.metrics["loss"] * u.metrics["seen"] for u in used) / seen
     return {"loss": loss, "seen": int(seen)}
-
-
-def _sections(adapter: Shapes, control: Shapes) -> dict[str, Shapes]:
-    return {"adapter": adapter, **({"control": control} if control else {})}
-
-
-def _limit(expected: Mapping[str, Shapes]) -> int:
-    return 65_536 + 16 * sum(size(shapes.values()) for shapes in expected.values())
 
 
 def _plain(loss: float) -> float:

@@ -30,13 +30,15 @@ from typing import Any
 
 import yaml
 
-from fedpeft.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedpeft.durable import append_line, replace_file
+from fedpeft.checkpoint import Checkpoint, drop_old, load_checkpoint, save_checkpoint
+from fedpeft.durable import append_line, make_folder, replace_file
 from fedpeft.errors import RunError
 from fedpeft.memory import OnDisk
 from fedpeft.plan import Plan
 
 _VERSIONED = ("fedpeft", "torch", "transformers", "peft", "numpy", "flwr")
+_BEGUN = ("plan.yaml", "versions.json", "run.json")
+_STARTING = {".lock", *_BEGUN, *(f".{name}.new" for name in _BEGUN)}
 
 
 class RunFolder:
@@ -45,19 +47,14 @@ class RunFolder:
     def __init__(self, path: Path, plan: Plan, inputs: tuple[str, ...], *, resume: bool) -> None:
         self.path, self.plan = path, plan
         self.digest = plan.digest(*inputs)
-        known = self._read("run.json")
-        if known is None and self._foreign():
+        if self._foreign():
             raise RunError(f"{path}: not empty and no run of fedpeft; choose another --out")
-        if known is not None and not resume:
-            state = "finished" if self.finished else "begun"
-            raise RunError(f"{path}: holds a {state} run; add --resume, or choose another --out")
-        if known is not None and known["digest"] != self.digest:
-            raise RunError(f"{path}: {_difference(known, plan, inputs)}")
-        path.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
-        self.run = known["run"] if known else uuid.uuid4().hex
-        if known is None:
-            self._begin(inputs)
+        try:
+            self.run = self._take_up(inputs, resume=resume)
+        except BaseException:
+            os.close(self._lock)
+            raise
 
     def __enter__(self) -> RunFolder:
         return self
@@ -81,20 +78,25 @@ class RunFolder:
         return OnDisk(self.path / "memory")
 
     def load(self) -> Checkpoint | None:
-        """Return the newest checkpoint, with the ledger brought to the same round."""
+        """Return the newest checkpoint, with the ledger brought to the same round.
+
+        Raises ``RunError`` where one of them is damaged; nothing is written then.
+        """
         found = load_checkpoint(self.path / "checkpoints", self.digest)
-        lines = self.history()[: found.state.round if found else 0]
-        if found and len(lines) == found.state.round - 1:
+        done = found.state.round if found else 0
+        lines = self.history()[:done]
+        if found and len(lines) == done - 1:
             lines.append(dict(found.line))
-        if found and len(lines) != found.state.round:
+        if [line.get("round") for line in lines] != list(range(done)):
             raise RunError(
-                f"{self.path}/rounds.jsonl: holds {len(lines)} rounds, the checkpoint is of round "
-                f"{found.state.round}; restore the file or start again in another folder"
+                f"{self.path}/rounds.jsonl: does not hold the {done} rounds of the checkpoint, "
+                "one a line; restore the file or start again in another folder"
             )
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+        text = "".join(json.dumps(line) + "\n" for line in lines).encode()
         ledger = self.path / "rounds.jsonl"
-        if ledger.exists() and ledger.read_text(encoding="utf-8") != text:
-            replace_file(ledger, [text.encode()], "ledger")
+        if (ledger.read_bytes() if ledger.exists() else b"") != text:
+            replace_file(ledger, [text], "ledger")
+        drop_old(self.path / "checkpoints")
         return found
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -109,10 +111,10 @@ class RunFolder:
             return []
         found = []
         for i, text in enumerate(path.read_bytes().split(b"\n")[:-1]):
-            try:
-                found.append(json.loads(text))
-            except ValueError:
-                raise RunError(f"{path}:{i + 1}: not JSON; restore the line") from None
+            line = _mapping(text)
+            if line is None:
+                raise RunError(f"{path}:{i + 1}: no JSON object; restore the line")
+            found.append(line)
         return found
 
     def compared(self) -> dict[str, Any]:
@@ -134,25 +136,50 @@ class RunFolder:
         """Write the final table; the run is finished."""
         self._write("result.json", result, "result")
 
-    def _begin(self, inputs: tuple[str, ...]) -> None:
-        lines = self.plan.lines()
+    def _take_up(self, inputs: tuple[str, ...], *, resume: bool) -> str:
+        known = self._read("run.json")
+        if known is None:
+            return self._begin(inputs)
+        if missing := {"run", "digest", "inputs", "lines"} - set(known):
+            raise RunError(
+                f"{self.path}/run.json: lacks {', '.join(sorted(missing))}, so this is no run of "
+                "fedpeft; choose another --out"
+            )
+        if not resume:
+            state = "finished" if self.finished else "begun"
+            raise RunError(
+                f"{self.path}: holds a {state} run; add --resume, or choose another --out"
+            )
+        if known["digest"] != self.digest:
+            raise RunError(f"{self.path}: {_difference(known, self.plan, inputs)}")
+        return str(known["run"])
+
+    def _begin(self, inputs: tuple[str, ...]) -> str:
+        lines, run = self.plan.lines(), uuid.uuid4().hex
         text = yaml.safe_dump(lines, sort_keys=False, allow_unicode=True, width=1000)
         replace_file(self.path / "plan.yaml", [text.encode()], "plan")
         self._write("versions.json", versions(), "plan")
-        about = {"run": self.run, "digest": self.digest, "inputs": inputs}
+        about = {"run": run, "digest": self.digest, "inputs": inputs}
         self._write("run.json", {**about, "lines": self.plan.identity()}, "plan")
+        return run
 
     def _foreign(self) -> bool:
-        ours = {"plan.yaml", "versions.json", ".lock"}
-        if not self.path.exists():
+        """Tell whether there is something that no run, started or being started, has left."""
+        try:
+            found = {p.name for p in self.path.iterdir()}
+        except FileNotFoundError:
             return False
-        if not self.path.is_dir():
+        except NotADirectoryError:
             return True
-        found = {p.name for p in self.path.iterdir() if not p.name.endswith(".new")}
-        return bool(found - ours)
+        return "run.json" not in found and not found <= _STARTING
 
     def _acquire(self) -> int:
-        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            make_folder(self.path)
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"{self.path}: no folder to write in ({reason})") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -163,11 +190,12 @@ class RunFolder:
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            found = _mapping(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:
-            raise RunError(f"{path}: damaged; start again in another folder") from None
+        if found is None:
+            raise RunError(f"{path}: damaged; start again in another folder")
+        return found
 
     def _write(self, name: str, content: Mapping[str, Any], kind: str) -> None:
         text = json.dumps(dict(content), indent=1) + "\n"
@@ -183,6 +211,14 @@ def versions() -> dict[str, str | int]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found | {"threads": torch.get_num_threads(), "machine": platform.machine()}
+
+
+def _mapping(text: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _difference(known: Mapping[str, Any], plan: Plan, inputs: tuple[str, ...]) -> str:

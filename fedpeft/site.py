@@ -1,6 +1,6 @@
-"""What one process needs to play clients, or to evaluate: the model with its adapter, and the data.
+"""What one process needs to play clients, or to evaluate: model, adapter and data.
 
-Texts are tokenised when a client is first used and kept.
+All texts are tokenised first, so that one that cannot be used is refused before the model loads.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedpeft.errors import FedPeftError
 from fedpeft.federation import Federation
 from fedpeft.learner import ModelLearner
-from fedpeft.models._base import Base, load_base
+from fedpeft.models._base import Base, load_base, load_tokenizer
+from fedpeft.models._locate import locate
+from fedpeft.models._outline import input_limit, read_config
 from fedpeft.plan import Plan
-from fedpeft.rounds import Tables
+from fedpeft.tables import Tables
 from fedpeft.types import Example, Row, Tensors
 
 
@@ -23,6 +28,8 @@ class Site:
 
     def __init__(self, plan: Plan, federation: Federation, device: str = "cpu") -> None:
         self.plan, self.federation = plan, federation
+        self._train = self._encode("train", federation.splits.train)
+        self._test = self._encode("test", federation.splits.test or [])
         try:
             self.base: Base = load_base(plan.model, plan.task.head, federation.classes, device)
         except FedPeftError as error:
@@ -34,7 +41,6 @@ class Site:
             raise type(error)(f"adapter: {error}") from error
         self.learner = ModelLearner(self.base, self.attached, plan.task)
         self.tables = Tables(plan, self.shapes)
-        self._encoded: dict[tuple[str, str], Sequence[Example]] = {}
 
     @cached_property
     def initial(self) -> Tensors:
@@ -48,34 +54,27 @@ class Site:
 
     def train(self, client: str) -> Sequence[Example]:
         """Return the tokenised training records of ``client``."""
-        return self._examples("train", client)
+        return self._rows(self.federation.train[client])
 
     def held(self, client: str) -> Sequence[Example]:
         """Return the tokenised held-out records of ``client``."""
-        return self._examples("held", client)
+        return self._rows(self.federation.held[client])
 
     def test(self) -> Sequence[Example]:
         """Return the tokenised test set; empty where there is none."""
-        if ("test", "") not in self._encoded:
-            self._encoded["test", ""] = self.encode(self.federation.splits.test or [])
-        return self._encoded["test", ""]
-
-    def encode(self, rows: Sequence[Row]) -> Sequence[Example]:
-        """Tokenise rows for this model and task."""
-        if not rows:
-            return []
-        task, classes = self.plan.task, self.federation.classes
-        try:
-            return task.encode(rows, self.base.tokenizer, self.base.outline.limit, classes)
-        except FedPeftError as error:
-            raise type(error)(f"data: {error}") from error
+        return self._test
 
     def close(self) -> None:
         """Detach the adapter, so that the base can serve another plan."""
         self.attached.detach()
 
-    def _examples(self, split: str, client: str) -> Sequence[Example]:
-        if (split, client) not in self._encoded:
-            rows = self.federation.rows(getattr(self.federation, split)[client])
-            self._encoded[split, client] = self.encode(rows)
-        return self._encoded[split, client]
+    def _rows(self, where: NDArray[np.int64]) -> Sequence[Example]:
+        return [self._train[i] for i in where.tolist()]
+
+    def _encode(self, split: str, rows: Sequence[Row]) -> Sequence[Example]:
+        plan, classes = self.plan, self.federation.classes
+        try:
+            limit = input_limit(read_config(locate(plan.model)))
+            return plan.task.encode(rows, load_tokenizer(plan.model), limit, classes)
+        except FedPeftError as error:
+            raise type(error)(f"data: {split}: {error}") from error

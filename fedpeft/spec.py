@@ -12,17 +12,19 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 from fedpeft.errors import SpecError
+from fedpeft.fields import check_fields
 
 _T = TypeVar("_T")
+_PIECES = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[()\[\]{}|]""", re.DOTALL)
+"""What matters for cutting a chain: quoted text, brackets, bars."""
 
 
 def bounded(
@@ -46,7 +48,7 @@ def method(cls: type[_T]) -> type[_T]:
     """
 
     def __post_init__(self: Any) -> None:
-        _check_fields(self)
+        check_fields(self)
         if hasattr(self, "check"):
             self.check()
 
@@ -59,21 +61,30 @@ def build(family: str, spec: str) -> Any:
 
     Raises ``SpecError`` with the nearest spelling where a name or a field is unknown.
     """
-    outside, colon, call = _split_module(spec)
-    try:
-        node = ast.parse(call.strip(), mode="eval").body
-    except SyntaxError:
-        raise SpecError(f"cannot read {spec!r}: write name, or name(field=value, ...)") from None
-    made = [_make(family, outside if colon else "", stage) for stage in _stages(node)]
-    return made[0] if len(made) == 1 else _find(family, "chain")(stages=tuple(made))
+    made = []
+    for stage in _stages(spec):
+        outside, call = _split_module(stage)
+        try:
+            node = ast.parse(call.strip(), mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            raise SpecError(
+                f"cannot read {spec[:200]!r}: write name, or name(field=value, ...)"
+            ) from None
+        made.append(_make(family, outside, node))
+    if len(made) == 1:
+        return made[0]
+    if "chain" not in names(family):
+        raise SpecError(f"cannot read {spec[:200]!r}: {family} are not chained with |")
+    return _find(family, "chain")(stages=tuple(made))
 
 
 def describe(part: Any, *, full: bool = False) -> str:
     """Return the canonical spec of ``part``: the fields that differ from their defaults, or all."""
     if hasattr(part, "stages"):
         return " | ".join(describe(stage, full=full) for stage in part.stages)
-    given = {f.name: getattr(part, f.name) for f in fields(part)}
-    shown = [f for f in fields(part) if full or f.default is MISSING or given[f.name] != f.default]
+    given = {f.name: getattr(part, f.name) for f in fields(part) if f.init}
+    known = [f for f in fields(part) if f.init]
+    shown = [f for f in known if full or f.default is MISSING or given[f.name] != f.default]
     inner = ", ".join(f"{f.name}={given[f.name]!r}" for f in shown)
     module = type(part).__module__
     parts = module.split(".")
@@ -97,18 +108,26 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(known) or 'none'}"
 
 
-def _split_module(spec: str) -> tuple[str, str, str]:
-    head = spec.split("(", 1)[0]
-    if ":" not in head:
-        return "", "", spec
-    module, _, rest = spec.partition(":")
-    return module.strip(), ":", rest
+def _split_module(stage: str) -> tuple[str, str]:
+    """Return the module before the colon, if any, and the call."""
+    if ":" not in stage.split("(", 1)[0]:
+        return "", stage
+    module, _, rest = stage.partition(":")
+    module = module.strip()
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise SpecError(f"{module!r} is no module; write package.module:Name(field=value, ...)")
+    return module, rest
 
 
-def _stages(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _stages(node.left) + _stages(node.right)
-    return [node]
+def _stages(spec: str) -> list[str]:
+    """Cut a chain at the bars outside brackets and quotes."""
+    stages, start, depth = list[str](), 0, 0
+    for piece in _PIECES.finditer(spec):
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(piece[0], 0)
+        if piece[0] == "|" and depth == 0:
+            stages.append(spec[start : piece.start()])
+            start = piece.end()
+    return [*stages, spec[start:]]
 
 
 def _make(family: str, outside: str, node: ast.expr) -> Any:
@@ -116,7 +135,7 @@ def _make(family: str, outside: str, node: ast.expr) -> Any:
     if isinstance(call.func, ast.Constant) and call.func.value is None:
         call.func = ast.Name(id="none")  # "none" is a method, Python's None is not
     if not isinstance(call.func, ast.Name):
-        raise SpecError(f"write name(field=value, ...), not {ast.unparse(node)!r}")
+        raise SpecError(f"write name(field=value, ...), not {_text(node)!r}")
     name = call.func.id
     cls = _find(family, name, outside)
     known = [f.name for f in fields(cls) if f.init]
@@ -129,12 +148,14 @@ def _make(family: str, outside: str, node: ast.expr) -> Any:
             hint = f"; did you mean {close[0]!r}?" if close else ";"
             has = ", ".join(known) or "no fields"
             raise SpecError(f"{name} has no field {keyword.arg or '**'!r}{hint} it has {has}")
+        if keyword.arg in given:
+            raise SpecError(f"{name}: {keyword.arg} is given twice")
         given[keyword.arg] = _literal(name, keyword)
-    required = [f.name for f in fields(cls) if f.default is MISSING and f.init]
-    if missing := [k for k in required if k not in given]:
+    required = [f for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [f.name for f in required if f.init and f.name not in given]:
         raise SpecError(f"{name} needs {', '.join(missing)}")
     part = cls(**given)
-    _check_fields(part)
+    check_fields(part)
     return part
 
 
@@ -144,12 +165,19 @@ def _literal(name: str, keyword: ast.keyword) -> Any:
         return {"true": True, "false": False, "none": None}[value.id]
     try:
         return ast.literal_eval(value)
-    except ValueError:
-        text = ast.unparse(value)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        text = _text(value)
         raise SpecError(
             f"{name}: {keyword.arg}={text} is not a number, string, list or mapping"
             + (f"; write {keyword.arg}={text!r}" if text.isidentifier() else "")
         ) from None
+
+
+def _text(node: ast.expr) -> str:
+    try:
+        return ast.unparse(node)[:80]
+    except RecursionError:
+        return "a deep nest"
 
 
 def _find(family: str, name: str, outside: str = "") -> Any:
@@ -173,59 +201,3 @@ def _find(family: str, name: str, outside: str = "") -> Any:
         ):
             return value
     raise SpecError(f"{module} defines no dataclass with the letters of {name!r}")
-
-
-def _check_fields(part: Any) -> None:
-    """Check types against annotations and numbers against their declared range."""
-    hints = typing.get_type_hints(type(part))
-    label = type(part).__module__.rsplit(".", 1)[-1]
-    for f in fields(part):
-        value = getattr(part, f.name)
-        hint = hints.get(f.name, Any)
-        if not _accepts(hint, value):
-            raise SpecError(f"{label}: {f.name}={value!r} must be {_spell(hint)}")
-        if f.metadata and isinstance(value, int | float):
-            _check_range(label, f.name, value, f.metadata)
-
-
-def _check_range(label: str, name: str, value: float, limits: typing.Mapping[str, Any]) -> None:
-    words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
-    good = {
-        "low": lambda x: value >= x,
-        "above": lambda x: value > x,
-        "high": lambda x: value <= x,
-        "below": lambda x: value < x,
-    }
-    if not all(good[k](limits[k]) for k in good if k in limits):
-        text = " and ".join(f"{words[k]} {limits[k]:g}" for k in words if k in limits)
-        raise SpecError(f"{label}: {name}={value!r} must be {text}")
-
-
-def _accepts(hint: Any, value: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin is Literal:
-        return value in args
-    if origin in (typing.Union, types.UnionType):
-        return any(_accepts(a, value) for a in args)
-    if hint is None or hint is type(None):
-        return value is None
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    base = origin or hint
-    return isinstance(value, base) if isinstance(base, type) else True
-
-
-def _spell(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(repr(a) for a in args)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_spell(a) for a in args)
-    words = {float: "a number", int: "a whole number", str: "a string", bool: "true or false"}
-    return words.get(hint, "none" if hint is type(None) else getattr(hint, "__name__", str(hint)))

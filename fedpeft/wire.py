@@ -13,10 +13,11 @@ what it expects and how much it will take, and nothing is allocated before the s
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,35 +27,55 @@ import xxhash
 from fedpeft.errors import WireError
 from fedpeft.types import Packet, Scalar, Shapes, Tensors
 
-Buffers: TypeAlias = Sequence[bytes | memoryview]
-"""A message in pieces, so that large arrays need not be copied; joined, it is the message."""
-
 _MAGIC = b"FPW1"
 _PREAMBLE = struct.Struct("<4sIQQQ")
 _DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 _MAX_HEAD = 1 << 20
 _MAX_HEADER_ITEMS = 256
+_MAX_RANK = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Body:
     """The sections of a packet, serialised once and sent under many headers."""
 
     sections: Sequence[Sequence[Any]]
     pieces: Sequence[memoryview]
-    checksum: int
 
-    def seal(self, header: Mapping[str, Scalar]) -> list[bytes | memoryview]:
-        """Return the message with this header."""
+    def seal(self, header: Mapping[str, Scalar]) -> Message:
+        """Return the message with this header. Raises ``WireError`` for one no receiver takes."""
+        _check_header(header)
         text = json.dumps({"h": dict(header), "s": self.sections}, separators=(",", ":"))
         head = text.encode()
-        length = sum(piece.nbytes for piece in self.pieces)
-        sums = xxhash.xxh3_64_intdigest(head), self.checksum
-        return [_PREAMBLE.pack(_MAGIC, len(head), length, *sums), head, *self.pieces]
+        if len(head) > _MAX_HEAD:
+            raise WireError(f"head of {len(head)} bytes is longer than {_MAX_HEAD}")
+        return Message(head, self)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """A sealed packet that has not left this process: nothing is copied or summed until it does."""
+
+    head: bytes
+    body: Body
+
+    @property
+    def nbytes(self) -> int:
+        """What it costs to send it: the length of ``bytes(message)``."""
+        return _PREAMBLE.size + len(self.head) + _length(self.body.pieces)
+
+    def __bytes__(self) -> bytes:
+        pieces = self.body.pieces
+        sums = _checksum([self.head]), _checksum(pieces)
+        preamble = _PREAMBLE.pack(_MAGIC, len(self.head), _length(pieces), *sums)
+        return b"".join([preamble, self.head, *pieces])
 
 
 def body(sections: Mapping[str, Tensors], expected: Mapping[str, Shapes]) -> Body:
-    """Serialise ``sections``; ``expected`` maps a section to the table that the receiver holds."""
+    """Serialise ``sections``; ``expected`` maps a section to the table that the receiver holds.
+
+    Raises ``WireError`` for arrays that cannot travel (booleans, complex numbers, objects).
+    """
     entries, pieces = [], list[memoryview]()
     for section, tensors in sections.items():
         table = expected.get(section, {})
@@ -64,50 +85,53 @@ def body(sections: Mapping[str, Tensors], expected: Mapping[str, Shapes]) -> Bod
         kinds = [value.dtype.str[1:] for value in tensors.values()]
         if unknown := set(kinds) - set(_DTYPES):
             raise WireError(f"section {section!r} holds dtype {sorted(unknown)[0]!r}")
+        if not same and any(value.ndim > _MAX_RANK for value in tensors.values()):
+            raise WireError(f"section {section!r} holds an array of rank > {_MAX_RANK}")
         index = None if same else [[name, *value.shape] for name, value in tensors.items()]
         uniform = kinds[0] if len(set(kinds)) == 1 else kinds
         entries.append([section, table_id(table) if same else None, uniform, index])
         pieces += [_flat(value) for value in tensors.values() if value.size]
-    return Body(entries, pieces, _checksum(pieces))
+    return Body(entries, pieces)
 
 
-def pack(packet: Packet, expected: Mapping[str, Shapes]) -> list[bytes | memoryview]:
+def pack(packet: Packet, expected: Mapping[str, Shapes]) -> Message:
     """Serialise a packet with its header."""
     return body(packet.sections, expected).seal(packet.header)
 
 
-def peek(message: Buffers | bytes) -> Mapping[str, Scalar]:
+def peek(message: Message | bytes) -> Mapping[str, Scalar]:
     """Return the header alone, once the head's checksum has been checked. Raises ``WireError``."""
-    return _read_head(_head(_pieces(message)))[0]
+    head = message.head if isinstance(message, Message) else _cut(message)[0]
+    return _read_head(head)[0]
 
 
-def size(buffers: Buffers) -> int:
-    """Bytes of a message: what it costs to send it."""
-    return sum(len(b) if isinstance(b, bytes) else b.nbytes for b in buffers)
-
-
-def unpack(message: Buffers | bytes, expected: Mapping[str, Shapes], limit: int) -> Packet:
+def unpack(message: Message | bytes, expected: Mapping[str, Shapes], limit: int) -> Packet:
     """Parse and check. Raises ``WireError`` for anything but a whole packet of expected sections.
 
-    ``limit`` bounds the bytes of the body. Arrays are read-only views of the message.
+    ``limit`` bounds the bytes of the body. Arrays are read-only views of the message. What never
+    left this process was not damaged on the way, so only ``bytes`` have their checksums compared.
     """
-    pieces = _pieces(message)
-    header, sections = _read_head(_head(pieces))
-    _, _, declared, _, checksum = _PREAMBLE.unpack(pieces[0])
-    parts = pieces[2:]
-    found = sum(memoryview(part).nbytes for part in parts)
-    if found != declared:
-        raise WireError(f"declares a body of {declared} bytes, has {found}")
+    if isinstance(message, Message):
+        head, parts = message.head, message.body.pieces
+    else:
+        head, declared, checksum, rest = _cut(message)
+        parts = [rest]
+        if rest.nbytes != declared:
+            raise WireError(f"declares a body of {declared} bytes, has {rest.nbytes}")
+    found = _length(parts)
     if found > limit:
         raise WireError(f"holds {found} bytes where at most {limit} were expected")
-    if _checksum(parts) != checksum:
+    if isinstance(message, bytes) and _checksum(parts) != checksum:
         raise WireError("checksum does not match: damaged on the way")
+    header, sections = _read_head(head)
     if [entry[0] for entry in sections] != list(expected):
-        raise WireError(f"holds sections {[s[0] for s in sections]}, expected {list(expected)}")
+        names = ", ".join(repr(s[0][:40]) for s in sections[:8])
+        raise WireError(f"holds sections [{names}], expected {list(expected)}")
     layout = [
-        (s, _entries(s, table, kinds, index, expected)) for s, table, kinds, index in sections
+        (s, _entries(s, table, kinds, index, expected, limit))
+        for s, table, kinds, index in sections
     ]
-    total = sum(math.prod(shape) * kind.itemsize for _, es in layout for _, shape, kind in es)
+    total = sum(_bytes(entry) for _, entries in layout for entry in entries)
     if total != found:
         raise WireError(f"arrays of {total} bytes in a body of {found}")
     return Packet(_views(layout, parts), header)
@@ -122,59 +146,53 @@ def table_id(shapes: Shapes) -> str:
 _Entry: TypeAlias = tuple[str, tuple[int, ...], "np.dtype[Any]"]
 
 
+def _bytes(entry: _Entry) -> int:
+    return math.prod(entry[1]) * entry[2].itemsize
+
+
+def _length(pieces: Sequence[memoryview]) -> int:
+    return sum(piece.nbytes for piece in pieces)
+
+
 def _flat(value: np.ndarray) -> memoryview:
     little = value.astype(value.dtype.newbyteorder("<"), copy=False)
     return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
 
 
-def _checksum(pieces: Buffers) -> int:
+def _checksum(pieces: Sequence[bytes | memoryview]) -> int:
     digest = xxhash.xxh3_64()
     for piece in pieces:
         digest.update(piece)
     return digest.intdigest()
 
 
-def _pieces(message: Buffers | bytes) -> list[bytes | memoryview]:
-    pieces: list[bytes | memoryview] = [message] if isinstance(message, bytes) else [*message]
-    if len(pieces) < 2 or len(pieces[0]) != _PREAMBLE.size:  # whole, as from a network
-        pieces = _cut(b"".join(pieces))
-    return pieces
-
-
-def _head(pieces: Buffers) -> bytes:
-    preamble, head = pieces[0], bytes(pieces[1])
-    if len(preamble) != _PREAMBLE.size:
-        raise WireError("message too short for a packet")
-    magic, length, _, checksum, _ = _PREAMBLE.unpack(preamble)
-    if magic != _MAGIC:
-        raise WireError(f"not a packet of this version (starts with {bytes(magic)!r})")
-    if len(head) != length or length > _MAX_HEAD:
-        raise WireError(f"declares a head of {length} bytes, has {len(head)}")
-    if xxhash.xxh3_64_intdigest(head) != checksum:
-        raise WireError("checksum of the head does not match: damaged on the way")
-    return head
-
-
-def _cut(data: bytes) -> list[bytes | memoryview]:
-    view = memoryview(data)
+def _cut(data: bytes) -> tuple[bytes, int, int, memoryview]:
+    """Return the head, the length and checksum that are declared of the body, and the body."""
     at = _PREAMBLE.size
-    length = int.from_bytes(data[4:8], "little")
-    return [data[:at], data[at : at + length], view[at + length :]]
+    if len(data) < at:
+        raise WireError("message too short for a packet")
+    magic, length, body_length, checksum, body_checksum = _PREAMBLE.unpack(data[:at])
+    if magic != _MAGIC:
+        raise WireError(f"not a packet of this version (starts with {magic!r})")
+    head = data[at : at + length]
+    if len(head) != length:
+        raise WireError(f"declares a head of {length} bytes, has {len(head)}")
+    if length > _MAX_HEAD:
+        raise WireError(f"head of {length} bytes is longer than {_MAX_HEAD}")
+    if _checksum([head]) != checksum:
+        raise WireError("checksum of the head does not match: damaged on the way")
+    return head, body_length, body_checksum, memoryview(data)[at + length :]
 
 
 def _read_head(head: bytes) -> tuple[dict[str, Scalar], list[list[Any]]]:
     try:
-        parsed = json.loads(head, parse_constant=_refuse)
+        parsed = json.loads(head.decode(), parse_constant=_refuse)
         header, sections = parsed["h"], parsed["s"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WireError(f"head cannot be read ({type(error).__name__})") from None
-    if not isinstance(header, dict) or len(header) > _MAX_HEADER_ITEMS:
-        raise WireError("header is no mapping of at most 256 items")
-    for name, value in header.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise WireError(f"header {name[:40]!r} is no number or string")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise WireError(f"header {name[:40]!r} is not finite")
+    if not isinstance(header, dict):
+        raise WireError("header is no mapping")
+    _check_header(header)
     if not isinstance(sections, list) or not all(
         isinstance(s, list) and len(s) == 4 and isinstance(s[0], str) for s in sections
     ):
@@ -182,19 +200,43 @@ def _read_head(head: bytes) -> tuple[dict[str, Scalar], list[list[Any]]]:
     return header, sections
 
 
+def _check_header(header: Mapping[str, Any]) -> None:
+    if len(header) > _MAX_HEADER_ITEMS:
+        raise WireError(f"header has {len(header)} items, at most {_MAX_HEADER_ITEMS} are allowed")
+    for name, value in header.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise WireError(f"header {name[:40]!r} is no number or string")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise WireError(f"header {name[:40]!r} is not finite")
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            raise WireError(f"header {name[:40]!r} does not fit 64 bits")
+        if not (_is_text(name) and (isinstance(value, int | float) or _is_text(value))):
+            raise WireError(f"header {name[:40]!r} is not Unicode text")
+
+
+def _is_text(value: str) -> bool:
+    """Tell whether a string can be printed and stored: JSON can spell half a character."""
+    return value.isascii() or not any(0xD800 <= ord(c) <= 0xDFFF for c in value)
+
+
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is not allowed")
 
 
 def _entries(
-    section: str, table: Any, kinds: Any, index: Any, expected: Mapping[str, Shapes]
+    section: str,
+    table: Any,
+    kinds: Any,
+    index: Any,
+    expected: Mapping[str, Shapes],
+    limit: int,
 ) -> list[_Entry]:
     if index is None:
         if table != table_id(expected[section]):
             raise WireError(f"section {section!r} follows a table this receiver does not hold")
         names_shapes = list(expected[section].items())
     else:
-        names_shapes = _index(section, index)
+        names_shapes = _index(section, index, limit)
     kinds = [kinds] * len(names_shapes) if isinstance(kinds, str) else kinds
     if not isinstance(kinds, list) or len(kinds) != len(names_shapes):
         raise WireError(f"section {section!r} declares another number of dtypes than arrays")
@@ -206,7 +248,7 @@ def _entries(
     ]
 
 
-def _index(section: str, index: Any) -> list[tuple[str, tuple[int, ...]]]:
+def _index(section: str, index: Any, limit: int) -> list[tuple[str, tuple[int, ...]]]:
     if not isinstance(index, list):
         raise WireError(f"section {section!r} has a malformed index")
     found: dict[str, tuple[int, ...]] = {}
@@ -214,32 +256,34 @@ def _index(section: str, index: Any) -> list[tuple[str, tuple[int, ...]]]:
         if not isinstance(entry, list) or not entry or not isinstance(entry[0], str):
             raise WireError(f"section {section!r} has a malformed index")
         name, *shape = entry
+        array = f"section {section!r}: array {name[:80]!r}"
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
-            raise WireError(f"section {section!r}: impossible shape {shape[:8]}")
-        if len(shape) > 8 or name in found:
-            raise WireError(f"section {section!r}: array {name[:80]!r} twice or of rank > 8")
+            raise WireError(f"{array} has an impossible shape")
+        if len(shape) > _MAX_RANK or name in found:
+            raise WireError(f"{array} comes twice or is of rank > {_MAX_RANK}")
+        if math.prod(max(n, 1) for n in shape) > max(limit, 1):
+            raise WireError(f"{array} is larger than the {limit} bytes that were expected")
         found[name] = tuple(shape)
     return list(found.items())
 
 
-def _views(layout: Sequence[tuple[str, Sequence[_Entry]]], parts: Buffers) -> dict[str, Tensors]:
-    whole = parts[0] if len(parts) == 1 else None
-    if whole is None and len(parts) != sum(1 for _, es in layout for e in es if math.prod(e[1])):
-        whole = b"".join(parts)
-    pieces, at = iter(parts), 0
-    sections: dict[str, Tensors] = {}
-    for section, entries in layout:
-        arrays: dict[str, np.ndarray] = {}
-        for name, shape, kind in entries:
-            count = math.prod(shape)
-            if whole is not None:
-                array = np.frombuffer(whole, kind, count, at) if count else np.empty(0, kind)
-                at += count * kind.itemsize
-            else:
-                array = np.frombuffer(next(pieces) if count else b"", kind)
-            if array.size != count:
-                raise WireError(f"array {name[:80]!r} has {array.size} entries, not {count}")
-            array.flags.writeable = False
-            arrays[name] = array.reshape(shape)
-        sections[section] = arrays
-    return sections
+def _views(
+    layout: Sequence[tuple[str, Sequence[_Entry]]], parts: Sequence[memoryview]
+) -> dict[str, Tensors]:
+    sizes = [n for _, entries in layout for entry in entries if (n := _bytes(entry))]
+    if [part.nbytes for part in parts] != sizes:  # one piece, as it came from a network
+        whole = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+        ends = list(itertools.accumulate(sizes))
+        parts = [whole[end - n : end] for n, end in zip(sizes, ends, strict=True)]
+    pieces = iter(parts)
+    return {
+        section: {entry[0]: _view(entry, pieces) for entry in entries}
+        for section, entries in layout
+    }
+
+
+def _view(entry: _Entry, pieces: Iterator[memoryview]) -> np.ndarray:
+    _, shape, kind = entry
+    array = np.frombuffer(next(pieces), kind) if _bytes(entry) else np.empty(0, kind)
+    array.flags.writeable = False
+    return array.reshape(shape)

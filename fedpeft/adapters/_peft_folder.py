@@ -22,7 +22,7 @@ def write(
 ) -> None:
     """Write the two files; head tensors go where PEFT keeps ``modules_to_save``."""
     from peft import PeftConfig, get_peft_config
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     config: PeftConfig = get_peft_config(
         {
@@ -37,7 +37,8 @@ def write(
     config.save_pretrained(str(folder))
     _sort_lists(folder / "adapter_config.json")
     named = {PREFIX + name: value for name, value in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    content = save(named, metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(content)
 
 
 def read(folder: Path, shapes: Shapes) -> Tensors:

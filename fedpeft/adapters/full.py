@@ -32,8 +32,8 @@ class Full:
 
     def initial(self, base: Base, shapes: Shapes, seed: int) -> Tensors:
         """Copy the pretrained parameters; a new head is drawn by name."""
-        own = {name: p.detach().cpu().numpy().copy() for name, p in base.model.named_parameters()}
-        return {**own, **{name: _new(name, s, seed) for name, s in base.outline.head.items()}}
+        new = base.missing
+        return {k: _new(k, s, seed) if k in new else base.parameter(k) for k, s in shapes.items()}
 
     def attach(self, base: Base) -> Attached:
         """Call the model as a function of its parameters."""
@@ -50,12 +50,16 @@ class Full:
 
     def restore(self, folder: Path, shapes: Shapes) -> Tensors:
         """Read such a folder. Raises ``ModelError`` where a parameter is missing or misshapen."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = folder / "model.safetensors"
         if not path.is_file():
             raise ModelError(f"{folder}: no model.safetensors; give a model folder")
-        found = {k: v.float().numpy() for k, v in load_file(path).items()}
+        try:
+            found = {k: v.float().numpy() for k, v in load_file(path).items()}
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: cannot be read ({error})") from None
         for name, shape in shapes.items():
             if name not in found or found[name].shape != shape:
                 raise ModelError(f"{path}: {name} of shape {shape} is missing")

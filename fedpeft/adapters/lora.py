@@ -14,12 +14,16 @@ from fedpeft.errors import ModelError, SpecError
 from fedpeft.models._outline import Outline
 from fedpeft.rng import derive
 from fedpeft.spec import bounded, method
-from fedpeft.types import Attached, Roles, Shapes, Tensors
+from fedpeft.types import Attached, Rng, Roles, Shapes, Tensors
 
 if TYPE_CHECKING:
     from fedpeft.models._base import Base
 
-ATTENTION = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn", "query_key_value")
+ATTENTION = (
+    *("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "query_proj", "value_proj"),
+    *("attn.q", "attn.v", "c_attn", "query_key_value", "qkv_proj", "Wqkv"),
+)
+"""The query and value projections by the names that architectures give them; fused ones whole."""
 
 
 @method
@@ -29,7 +33,9 @@ class Lora:
     ``targets`` are module names as PEFT takes them (separated by commas), ``"all-linear"``, or
     ``"attention"`` for the query and value projections. ``train`` names the factors that train and
     travel; the others are frozen at their start, equal on every side. ``init`` draws ``A``:
-    ``kaiming`` as PEFT, ``orthonormal`` rows (arXiv 2402.16842) or ``gaussian`` with deviation 1/r.
+    ``kaiming`` as PEFT, ``orthonormal`` rows (arXiv 2402.16842) or ``gaussian`` with deviation 1/r;
+    ``B`` starts at zero. With ``train="A"`` it is the other way round, ``B`` drawn as the transpose
+    of an ``A``: beside a ``B`` frozen at zero nothing could move.
     ``head`` says what becomes of a classification head: ``average`` it like the adapter, keep it
     ``local``, or leave it ``frozen``. ``rslora`` scales by alpha / sqrt(r) (arXiv 2312.03732).
     """
@@ -56,18 +62,18 @@ class Lora:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def modules(self, outline: Outline) -> list[str]:
-        """Return the paths of the wrapped modules. Raises ``ModelError`` where none fits."""
-        wanted = _split(self.targets)
+        """Return the paths of the wrapped modules. Raises ``ModelError`` for an idle target."""
         if self.targets == "all-linear":
             return sorted(outline.linear)
-        if self.targets == "attention":
-            wanted = ATTENTION
-        found = [m for m in outline.linear if any(("." + m).endswith("." + w) for w in wanted)]
-        if not found:
+        wanted = ATTENTION if self.targets == "attention" else _split(self.targets)
+        fits = {w: [m for m in outline.linear if ("." + m).endswith("." + w)] for w in wanted}
+        found = {m for modules in fits.values() for m in modules}
+        idle = [w for w, modules in fits.items() if not modules]
+        if not found or (idle and self.targets != "attention"):
             last = sorted({m.rpartition(".")[2] for m in outline.linear})
+            word = self.targets if not found else idle[0]
             raise ModelError(
-                f"lora: targets={self.targets!r} matches no linear module; "
-                f"this model has {', '.join(last)}"
+                f"lora: targets={word!r} matches no linear module; this model has {', '.join(last)}"
             )
         return sorted(found)
 
@@ -91,8 +97,9 @@ class Lora:
         return Roles(train=shared | own, down=shared, up=shared, local=own)
 
     def initial(self, base: Base, shapes: Shapes, seed: int) -> Tensors:
-        """Draw ``A`` and a new head by name; ``B`` is zero."""
-        return {name: self._draw(name, shape, seed) for name, shape in shapes.items()}
+        """Draw ``A`` (or ``B``) and a new head by name; a trained head is kept."""
+        own = {k: base.parameter(k) for k in base.outline.head if k not in base.missing}
+        return {k: own[k] if k in own else self._draw(k, s, seed) for k, s in shapes.items()}
 
     def attach(self, base: Base) -> Attached:
         """Hook the low-rank products and the head into ``base``."""
@@ -104,7 +111,8 @@ class Lora:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does."""
         fields: dict[str, Any] = {
             "r": self.r,
-            "lora_alpha": self.alpha,
+            "lora_alpha": int(self.alpha) if self.alpha.is_integer() else self.alpha,
+            "fan_in_fan_out": _all_conv1d(base, self.modules(base.outline)),
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
             "target_modules": self.modules(base.outline),
@@ -112,21 +120,29 @@ class Lora:
         _peft_folder.write(folder, base, "LORA", fields, tensors)
 
     def restore(self, folder: Path, shapes: Shapes) -> Tensors:
-        """Read such a folder. Raises ``ModelError`` where rank, alpha or modules differ."""
+        """Read such a folder. Raises ``ModelError`` where rank, scale or modules differ."""
         config = _peft_folder.read_config(folder)
-        if config.get("r") != self.r or config.get("lora_alpha") != self.alpha:
-            raise ModelError(
-                f"{folder}: holds r={config.get('r')}, alpha={config.get('lora_alpha')}, the plan "
-                f"says r={self.r}, alpha={self.alpha:g}; make the adapter line agree"
-            )
+        held = {k: config.get(k) for k in ("peft_type", "r", "lora_alpha", "use_rslora")}
+        mine = dict(zip(held, ("LORA", self.r, self.alpha, self.rslora), strict=True))
+        if wrong := [k for k in held if (held[k] or False) != mine[k]]:
+            told = ", ".join(f"{k}={held[k]}, the plan says {mine[k]}" for k in wrong)
+            raise ModelError(f"{folder}: holds {told}; make the adapter line agree")
+        if special := [k for k in ("alpha_pattern", "rank_pattern", "use_dora") if config.get(k)]:
+            raise ModelError(f"{folder}: uses {special[0]}, which this adapter does not have")
         return _peft_folder.read(folder, shapes)
 
     def _draw(self, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         rng, factor = derive(seed, "adapter", name), _factor(name)
-        if factor == "B" or name.endswith("bias"):
+        drawn = "B" if self.train == "A" else "A"
+        if factor not in ("", drawn) or name.endswith("bias"):
             return np.zeros(shape, np.float32)
         if not factor:
             return (0.02 * rng.standard_normal(shape)).astype(np.float32)
+        if factor == "B":
+            return np.ascontiguousarray(self._rows(rng, (shape[1], shape[0])).T)
+        return self._rows(rng, shape)
+
+    def _rows(self, rng: Rng, shape: tuple[int, ...]) -> np.ndarray:
         if self.init == "gaussian":
             return (rng.standard_normal(shape) / self.r).astype(np.float32)
         if self.init == "orthonormal":
@@ -134,6 +150,13 @@ class Lora:
             return np.ascontiguousarray((basis * np.sign(np.diag(upper))).T, np.float32)
         limit = 1 / math.sqrt(shape[1])
         return rng.uniform(-limit, limit, shape).astype(np.float32)
+
+
+def _all_conv1d(base: Base, modules: list[str]) -> bool:
+    """Tell whether the weights lie transposed, [in, out], as in GPT-2."""
+    from transformers.pytorch_utils import Conv1D
+
+    return all(isinstance(base.model.get_submodule(m), Conv1D) for m in modules)
 
 
 def _split(text: str) -> tuple[str, ...]:

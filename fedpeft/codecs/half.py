@@ -6,39 +6,50 @@ from typing import Literal
 
 import numpy as np
 
+from fedpeft.codecs import _arrays
 from fedpeft.spec import method
 from fedpeft.types import Rng, Shapes, Tensors
+
+_LARGEST = 65504
 
 
 @method
 class Half:
     """Rounds to the nearest, ties to even.
 
-    ``float16`` clips at its largest value 65,504 instead of becoming infinite; ``bfloat16`` travels
-    as the upper half of the float32 pattern.
+    ``float16`` clips finite values at its largest, 65,504, instead of making them infinite;
+    ``bfloat16`` travels as the upper half of the float32 pattern. What is not finite stays so: a
+    training that diverged must not look as if it had not.
     """
 
     dtype: Literal["float16", "bfloat16"] = "float16"
 
     def encode(self, tensors: Tensors, rng: Rng) -> Tensors:
         """Return float16 arrays, or uint16 patterns of bfloat16."""
-        if self.dtype == "float16":
-            return {k: np.clip(v, -65504, 65504).astype(np.float16) for k, v in tensors.items()}
-        return {k: _to_bfloat16(np.ascontiguousarray(v)) for k, v in tensors.items()}
+        convert = _to_float16 if self.dtype == "float16" else _to_bfloat16
+        return {name: convert(np.asarray(value)) for name, value in tensors.items()}
 
     def decode(self, arrays: Tensors, shapes: Shapes) -> Tensors:
-        """Return float32 tensors."""
+        """Return float32 tensors. Raises ``WireError``."""
         if self.dtype == "float16":
+            _arrays.check(arrays, shapes, ("float16", "float32"))
             return {name: arrays[name].astype(np.float32) for name in shapes}
+        _arrays.check(arrays, shapes, ("uint16",))
         return {name: _from_bfloat16(arrays[name]) for name in shapes}
 
 
+def _to_float16(value: np.ndarray) -> np.ndarray:
+    clipped = np.where(np.isinf(value), value, np.clip(value, -_LARGEST, _LARGEST))
+    return clipped.astype(np.float16)
+
+
 def _to_bfloat16(value: np.ndarray) -> np.ndarray:
-    bits = value.astype(np.float32, copy=False).view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)
-    kept = np.where(np.isfinite(value), rounded, bits) >> 16
-    return kept.astype(np.uint16)
+    bits = np.asarray(value, np.float32, order="C").reshape(-1).view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    patterns = np.where(np.isnan(value).reshape(-1), np.uint32(0x7FC0), rounded)
+    return patterns.astype(np.uint16).reshape(value.shape)
 
 
 def _from_bfloat16(value: np.ndarray) -> np.ndarray:
-    return (value.astype(np.uint32) << 16).view(np.float32)
+    patterns = value.reshape(-1).astype(np.uint32) << 16
+    return patterns.view(np.float32).reshape(value.shape)

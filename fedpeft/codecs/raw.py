@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedpeft.codecs import _arrays
 from fedpeft.spec import method
 from fedpeft.types import Rng, Shapes, Tensors
 
@@ -17,5 +18,6 @@ class Raw:
         return tensors
 
     def decode(self, arrays: Tensors, shapes: Shapes) -> Tensors:
-        """Return the arrays themselves, as float32."""
+        """Return the arrays themselves, as float32. Raises ``WireError``."""
+        _arrays.check(arrays, shapes, ("float32", "float16"))
         return {name: arrays[name].astype(np.float32, copy=False) for name in shapes}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+import numpy as np
+
 from fedpeft.spec import method
 from fedpeft.tensors import prefixed, zeros_like
 from fedpeft.types import Correction, Local, Stacked, Tensors, Update
@@ -51,15 +53,19 @@ class Scaffold(Correction):
         """Keep the new ``c_i``; nothing extra travels."""
         change = _change(local.extras, local.delta, local.lr_sum)
         old = local.memory
-        return {}, {k: old[k] + v if k in old else v for k, v in change.items()}
+        return {}, {**old, **{k: old[k] + v if k in old else v for k, v in change.items()}}
 
     def server_update(
         self, control: Tensors, before: Tensors, update: Update, population: int
     ) -> Tensors:
         """``c += (c_i+ - c_i) / N``."""
         change = _change(before, update.delta, update.lr_sum)
-        return {k: c + change[k] / c.dtype.type(population) for k, c in control.items()}
+        moved = {k: control[k] + v / v.dtype.type(population) for k, v in change.items()}
+        return {**control, **moved}
 
 
 def _change(c: Tensors, delta: Tensors, lr_sum: float) -> Tensors:
+    """Return ``c_i+ - c_i``; nothing for a client that took no step."""
+    if lr_sum < np.finfo(np.float32).tiny:
+        return {}
     return {k: -c[k] - v / v.dtype.type(lr_sum) for k, v in delta.items()}

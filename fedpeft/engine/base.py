@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from fedpeft.types import Metrics, Population
-from fedpeft.wire import Buffers
+from fedpeft.wire import Message
 
 
 class Engine(Protocol):
@@ -17,13 +17,13 @@ class Engine(Protocol):
         ...
 
     def exchange(
-        self, requests: Iterable[tuple[str, Buffers]]
-    ) -> Iterator[tuple[str, Buffers | bytes | Exception]]:
+        self, requests: Iterable[tuple[str, Message]]
+    ) -> Iterator[tuple[str, Message | bytes | Exception]]:
         """Have each client play its round; an exception stands for a reply that never came."""
         ...
 
     def evaluate(
-        self, requests: Iterable[tuple[str, Buffers]]
+        self, requests: Iterable[tuple[str, Message]]
     ) -> Iterator[tuple[str, Metrics | Exception]]:
         """Have each client evaluate on its held-out records; one without any answers nothing."""
         ...

@@ -9,7 +9,7 @@ from fedpeft.memory import MemoryStore
 from fedpeft.rounds import client_round
 from fedpeft.site import Site
 from fedpeft.types import Metrics, Population
-from fedpeft.wire import Buffers
+from fedpeft.wire import Message
 
 
 class Inline:
@@ -23,8 +23,8 @@ class Inline:
         return self._site.federation.population
 
     def exchange(
-        self, requests: Iterable[tuple[str, Buffers]]
-    ) -> Iterator[tuple[str, Buffers | bytes | Exception]]:
+        self, requests: Iterable[tuple[str, Message]]
+    ) -> Iterator[tuple[str, Message | bytes | Exception]]:
         """Play each client's round, in the order asked."""
         plan, site = self._site.plan, self._site
         for client, message in requests:
@@ -35,7 +35,7 @@ class Inline:
             yield client, reply
 
     def evaluate(
-        self, requests: Iterable[tuple[str, Buffers]]
+        self, requests: Iterable[tuple[str, Message]]
     ) -> Iterator[tuple[str, Metrics | Exception]]:
         """Evaluate each client that has held-out records."""
         plan, site = self._site.plan, self._site

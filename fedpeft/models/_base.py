@@ -8,8 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 
 from fedpeft.errors import ModelError
 from fedpeft.models._locate import Location, locate, unreachable
@@ -18,7 +20,10 @@ from fedpeft.models._outline import HEADS, Outline, input_limit, is_head, read_c
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Base:
-    """A frozen model in evaluation mode, its tokenizer and its outline."""
+    """A frozen model in evaluation mode, its tokenizer and its outline.
+
+    ``missing`` names the parameters that the checkpoint did not have (a new head).
+    """
 
     model: torch.nn.Module
     tokenizer: Any
@@ -26,11 +31,17 @@ class Base:
     location: Location
     head_kind: str
     classes: tuple[str, ...]
+    missing: frozenset[str]
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    def parameter(self, name: str) -> NDArray[np.float32]:
+        """Return a copy of one parameter."""
+        value: NDArray[np.float32] = self.model.get_parameter(name).detach().cpu().numpy().copy()
+        return value
 
     def save_pretrained(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         """Write a ``transformers`` folder with these parameters."""
@@ -71,7 +82,7 @@ def load_base(model: str, head: str, classes: tuple[str, ...], device: str) -> B
         "sequence-classification": transformers.AutoModelForSequenceClassification,
         "causal-lm": transformers.AutoModelForCausalLM,
     }[head]
-    labels = {"num_labels": len(classes), "id2label": dict(enumerate(classes))} if classes else {}
+    labels = _labels(classes) if classes else {}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -90,9 +101,21 @@ def load_base(model: str, head: str, classes: tuple[str, ...], device: str) -> B
     loaded.config.pad_token_id = tokenizer.pad_token_id
     loaded.config.use_cache = False
     loaded.requires_grad_(False).eval().to(device)
-    missing = {k for k in info["missing_keys"] if not _is_buffer(loaded, k)}
+    parameters = dict(loaded.named_parameters())
+    mismatched = {entry[0] for entry in info["mismatched_keys"]}
+    missing = frozenset(k for k in {*info["missing_keys"], *mismatched} if k in parameters)
+    if missing and head == "causal-lm":
+        raise ModelError(
+            f"model {model!r}: its files have no {min(missing)}; give a pretrained language model"
+        )
     return Base(
-        loaded, tokenizer, _outline(location, loaded, head, missing), location, head, classes
+        loaded,
+        tokenizer,
+        _outline(location, loaded, head, missing),
+        location,
+        head,
+        classes,
+        missing,
     )
 
 
@@ -115,13 +138,14 @@ def fingerprint(model: str) -> str:
     return digest.hexdigest()
 
 
-def _outline(location: Location, model: torch.nn.Module, head: str, missing: set[str]) -> Outline:
+def _outline(location: Location, model: Any, head: str, missing: frozenset[str]) -> Outline:
     from transformers.pytorch_utils import Conv1D
 
     linear: dict[str, tuple[int, int]] = {}
     classify = head == "sequence-classification"
+    output = model.get_output_embeddings()
     for name, module in model.named_modules():
-        if is_head(name):
+        if is_head(name) or module is output:
             continue
         if isinstance(module, torch.nn.Linear):
             linear[name] = (module.out_features, module.in_features)
@@ -137,8 +161,12 @@ def _outline(location: Location, model: torch.nn.Module, head: str, missing: set
     return Outline(linear, heads, parameters, input_limit(read_config(location)), True)
 
 
-def _is_buffer(model: torch.nn.Module, name: str) -> bool:
-    return name not in dict(model.named_parameters())
+def _labels(classes: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "num_labels": len(classes),
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: i for i, name in enumerate(classes)},
+    }
 
 
 def _cannot_load(location: Location, what: str, error: Exception) -> ModelError:
@@ -150,4 +178,4 @@ def _cannot_load(location: Location, what: str, error: Exception) -> ModelError:
 
 def to_torch(tensors: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """Copy arrays to torch, adding the client dimension: [...] becomes [1, ...]."""
-    return {k: torch.from_numpy(v.copy()).to(device).unsqueeze(0) for k, v in tensors.items()}
+    return {k: torch.from_numpy(np.array(v)).to(device).unsqueeze(0) for k, v in tensors.items()}

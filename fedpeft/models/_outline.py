@@ -19,7 +19,35 @@ from fedpeft.types import Shapes
 
 HEADS = ("classifier", "score", "classification_head", "pre_classifier", "qa_outputs", "lm_head")
 """Names of output modules, which adapters never wrap."""
-_EMBEDDINGS = re.compile(r"(^|[._])(embed\w*|wte|wpe|\w*embeddings?|relative_attention_bias)\.")
+_EMBEDDINGS = re.compile(
+    r"(^|[._])(embed(?!ding_hidden|dings_project)\w*|wte|wpe|\w*embeddings?|relative_attention_bias)\."
+)
+_PRETRAINING = (
+    "cls",
+    "predictions",
+    "lm_predictions",
+    "mask_predictions",
+    "discriminator_predictions",
+    "generator_predictions",
+    "vocab_transform",
+    "vocab_layer_norm",
+    "vocab_projector",
+)
+"""Roots of pretraining heads, which a checkpoint may hold and a classifier does not load."""
+_KNOWN = (
+    "bert",
+    "albert",
+    "distilbert",
+    "deberta-v2",
+    "llama",
+    "mistral",
+    "qwen2",
+    "gpt2",
+    "gemma",
+)
+"""Other architectures whose classification head is known."""
+_OWN_POOLING = ("roberta", "xlm-roberta", "camembert", "electra", "mpnet")
+"""Architectures whose classification head pools by itself: the encoder's pooler is not loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +73,8 @@ def outline(model: str, head: str, classes: int) -> Outline:
     """
     location = locate(model)
     config = read_config(location)
-    tensors = _tensors(location)
+    classify = head == "sequence-classification"
+    tensors = {k: s for k, s in _tensors(location).items() if not (classify and _idle(k, config))}
     transposed = config.get("model_type") == "gpt2"
     linear = {}
     for name, shape in tensors.items():
@@ -54,9 +83,7 @@ def outline(model: str, head: str, classes: int) -> Outline:
             continue
         if not is_head(module):
             linear[module] = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    shapes, exact = (
-        _head_shapes(config, classes) if head == "sequence-classification" else ({}, True)
-    )
+    shapes, exact = _head_shapes(config, classes, tensors) if classify else ({}, True)
     own = {k: v for k, v in tensors.items() if not (shapes and is_head(k.rpartition(".")[0]))}
     return Outline(linear, shapes, {**own, **shapes}, input_limit(config), exact)
 
@@ -81,24 +108,36 @@ def read_config(location: Location) -> dict[str, Any]:
 def input_limit(config: Mapping[str, Any]) -> int:
     """Return the longest input, in tokens, that the positions of the model allow."""
     positions = config.get("max_position_embeddings") or config.get("n_positions") or 2**31
-    reserved = 2 if config.get("model_type") in ("roberta", "xlm-roberta", "camembert") else 0
+    offset = ("roberta", "xlm-roberta", "camembert", "mpnet")
+    reserved = 2 if config.get("model_type") in offset else 0
     return int(positions) - reserved
 
 
-def _head_shapes(config: Mapping[str, Any], classes: int) -> tuple[Shapes, bool]:
+def _idle(name: str, config: Mapping[str, Any]) -> bool:
+    """Tell whether a classifier leaves this tensor of a checkpoint alone."""
+    parts = name.split(".")
+    pooler = config.get("model_type") in _OWN_POOLING and "pooler" in parts
+    return parts[0] in _PRETRAINING or pooler
+
+
+def _head_shapes(config: Mapping[str, Any], classes: int, tensors: Shapes) -> tuple[Shapes, bool]:
     width = int(config.get("hidden_size") or config.get("n_embd") or config.get("dim") or 0)
     kind = str(config.get("model_type"))
     dense = {"weight": (width, width), "bias": (width,)}
     out = {"weight": (classes, width), "bias": (classes,)}
-    if kind in ("roberta", "xlm-roberta", "camembert"):
+    if kind in _OWN_POOLING:
         named = {"classifier.dense": dense, "classifier.out_proj": out}
     elif kind == "distilbert":
         named = {"pre_classifier": dense, "classifier": out}
-    elif kind in ("bert", "albert", "electra", "deberta-v2", "mpnet"):
+    elif kind in ("bert", "albert"):
         named = {"classifier": out}
+        if kind == "bert" and not any(name.endswith("pooler.dense.weight") for name in tensors):
+            named = {"bert.pooler.dense": dense, **named}
+    elif kind == "deberta-v2":
+        named = {"pooler.dense": dense, "classifier": out}
     else:  # decoders: one matrix without bias
         named = {"score": {"weight": (classes, width)}}
-    known = kind in ("roberta", "distilbert", "bert", "llama", "mistral", "qwen2", "gpt2", "gemma")
+    known = kind in (*_OWN_POOLING, *_KNOWN)
     return {f"{m}.{p}": s for m, ps in named.items() for p, s in ps.items()}, known
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from fedpeft.data._batching import batches, stream
+from fedpeft.data._batching import stream
 from fedpeft.errors import SpecError
 from fedpeft.rng import derive
 from fedpeft.spec import bounded, method
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 class Plain:
     """Every round starts a fresh optimizer.
 
-    A round is ``epochs`` passes over the client's records, or exactly ``steps`` optimizer steps of
-    ``batch`` records, worked off in ``accumulate`` equal parts. ``schedule`` lowers the rate over
-    the whole run from ``lr`` to ``final * lr``. ``clip`` bounds the L2 norm of each client's
+    A round is ``epochs`` passes over the client's records, or exactly ``steps`` optimizer steps, or
+    as many as it takes to see ``records`` records. A step takes ``batch`` records, worked off in
+    ``accumulate`` equal parts; the last one of a pass may be short. ``schedule`` lowers the rate
+    over the whole run from ``lr`` to ``final * lr``. ``clip`` bounds the L2 norm of each client's
     gradient. Momentum and betas are those of ``torch.optim``.
     """
 
@@ -33,6 +34,7 @@ class Plain:
     lr: float = bounded(default=1e-3, above=0)
     steps: int | None = bounded(default=None, low=1)
     epochs: int | None = bounded(default=None, low=1)
+    records: int | None = bounded(default=None, low=1)
     batch: int = bounded(default=8, low=1)
     accumulate: int = bounded(default=1, low=1)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -49,8 +51,9 @@ class Plain:
 
     def check(self) -> None:
         """Raise ``SpecError`` for fields that contradict each other."""
-        if self.steps and self.epochs:
-            raise SpecError("plain: give steps or epochs, not both")
+        given = [k for k in ("epochs", "steps", "records") if getattr(self, k) is not None]
+        if len(given) > 1:
+            raise SpecError(f"plain: give {' or '.join(given)}, not both")
         if self.batch % self.accumulate:
             raise SpecError(f"plain: batch={self.batch} is no multiple of {self.accumulate} parts")
         if self.optimizer == "adamw" and self.momentum:
@@ -58,15 +61,13 @@ class Plain:
 
     def budget(self, records: int) -> tuple[int, int]:
         """Return (optimizer steps, records seen) of one round for a client of ``records``."""
-        per_epoch = math.ceil(records / self.batch)
-        if self.steps is None:
-            return (self.epochs or 1) * per_epoch, (self.epochs or 1) * records
-        whole, rest = divmod(self.steps, per_epoch)
-        return self.steps, whole * records + min(rest * self.batch, records)
+        steps, per_epoch = self._steps(records), math.ceil(records / self.batch)
+        whole, rest = divmod(steps, per_epoch)
+        return steps, whole * records + rest * self.batch
 
     def seeing(self, records: int) -> Plain:
         """Return this trainer with as many steps as it takes to see ``records`` records."""
-        return replace(self, epochs=None, steps=max(1, round(records / self.batch)))
+        return replace(self, epochs=None, steps=None, records=max(1, records))
 
     def fit(self, job: Job) -> Fit:
         """Train K clients side by side; one with fewer steps stands still while others go on."""
@@ -80,16 +81,14 @@ class Plain:
         clients, total = len(plans), max(len(p) for p in plans)
         lr_sums, seen, losses = [0.0] * clients, [0] * clients, np.zeros(clients)
         for step in range(total):
-            active = [step < len(p) for p in plans]
             chosen = [p[step] if step < len(p) else p[-1][:0] for p in plans]
             params = dict(zip(names, leaves, strict=True))
             grads, sums = self._gradient(job, params, chosen, generators)
             grads = self._clipped(job.adjust(grads, params))
-            lr = self._rate(job, step / total)
-            optimizer.param_groups[0]["lr"] = lr
-            _advance(optimizer, leaves, [grads[name] for name in names], active)
+            rates = [self._rate(job, step / len(p)) if step < len(p) else 0.0 for p in plans]
+            _advance(optimizer, leaves, [grads[name] for name in names], rates)
             for k in range(clients):
-                lr_sums[k] += lr * active[k]
+                lr_sums[k] += rates[k]
                 seen[k] += len(chosen[k])
             losses += sums
             job.on_step(sum(len(c) for c in chosen))
@@ -97,14 +96,17 @@ class Plain:
         params = dict(zip(names, leaves, strict=True))
         return Fit(params, [len(p) for p in plans], lr_sums, seen, means)
 
+    def _steps(self, records: int) -> int:
+        """Return the optimizer steps of one round for a client of ``records``."""
+        per_epoch = math.ceil(records / self.batch)
+        if self.records is None:
+            return (self.epochs or 1) * per_epoch if self.steps is None else self.steps
+        whole, rest = divmod(self.records, records)
+        return whole * per_epoch + math.ceil(rest / self.batch)
+
     def _order(self, examples: Sequence[Example], seed: int) -> Iterator[np.ndarray]:
         lengths = [len(example["input_ids"]) for example in examples]
-        rng = derive(seed, "order")
-        if self.steps is not None:
-            yield from stream(lengths, self.batch, rng, self.steps)
-            return
-        for _ in range(self.epochs or 1):
-            yield from batches(lengths, self.batch, rng)
+        return stream(lengths, self.batch, derive(seed, "order"), self._steps(len(lengths)))
 
     def _optimizer(self, leaves: list[torch.Tensor]) -> torch.optim.Optimizer:
         import torch
@@ -160,17 +162,25 @@ def _advance(
     optimizer: torch.optim.Optimizer,
     leaves: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
-    active: Sequence[bool],
+    rates: Sequence[float],
 ) -> None:
-    """Take one step; clients that are done keep what they have."""
+    """Take one step at each client's own rate; one that is done, rate 0, keeps what it has.
+
+    A step of every optimizer here is proportional to its rate, so it is taken at the highest one
+    and shortened for the others.
+    """
     import torch
 
-    before = None if all(active) else [leaf.clone() for leaf in leaves]
+    highest = max(rates)
+    optimizer.param_groups[0]["lr"] = highest
+    shares = [rate / highest if highest else 0.0 for rate in rates]
+    before = None if min(shares) == 1 else [leaf.clone() for leaf in leaves]
     for leaf, grad in zip(leaves, grads, strict=True):
         leaf.grad = grad
     optimizer.step()
     for i, leaf in enumerate(leaves):
         leaf.grad = None
         if before is not None:
-            mask = torch.tensor(active, device=leaf.device).reshape(-1, *[1] * (leaf.dim() - 1))
-            leaf.copy_(torch.where(mask, leaf, before[i]))
+            share = torch.tensor(shares, dtype=leaf.dtype, device=leaf.device)
+            share = share.reshape(-1, *[1] * (leaf.dim() - 1))
+            leaf.copy_(torch.where(share > 0, before[i].lerp(leaf, share), before[i]))

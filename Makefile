@@ -1,0 +1,28 @@
+# Two commands on a fresh machine: make quickstart, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: quickstart test slow lint clean
+
+quickstart: $(READY)
+	$(BIN)/fedpeft run simulations/quickstart.yaml --resume
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv

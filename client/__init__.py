@@ -1,0 +1,1 @@
+"""The client side of fedpeft as a Flower app."""

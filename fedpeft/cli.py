@@ -1,0 +1,239 @@
+"""The command line. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedpeft.errors import FedPeftError, PlanError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Federated fine-tuning of foundation models with adapters.",
+)
+
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file (YAML)")]
+Lines = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[LINE=SPEC]...", help="plan lines that replace the file's"),
+]
+Exported = Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="a run or adapter folder")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+
+
+@app.command()
+def run(
+    plan: PlanFile,
+    lines: Lines = None,
+    out: Annotated[Path | None, typer.Option(help="run folder [default: runs/<plan>]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run, if any")] = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Simulate a plan: train, evaluate, leave a run folder."""
+    from fedpeft.plan import Plan
+
+    found = Plan.from_yaml(plan, _overrides(lines))
+    folder = out or Path("runs") / plan.stem
+    from fedpeft.terminal import show_run
+
+    _prepare(device, threads)
+    from fedpeft.driver import simulate
+
+    with show_run(folder) as watch:
+        result = simulate(found, out=folder, resume=resume, device=device, watch=watch)
+        watch.finish(result)
+
+
+@app.command()
+def plan(
+    plan: PlanFile,
+    lines: Lines = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_toml: Annotated[
+        bool, typer.Option("--toml", help="print a run-config for flwr run")
+    ] = False,
+) -> None:
+    """Check a plan and show what it would cost, without loading weights."""
+    from fedpeft.plan import Plan
+    from fedpeft.preview import as_text, preview
+
+    try:
+        found = Plan.from_yaml(plan, _overrides(lines))
+        if as_toml:
+            from fedpeft.flower_config import as_toml as toml
+
+            typer.echo(toml(found), nl=False)
+            return
+        costs = preview(found)
+    except FedPeftError as error:
+        if not as_json:
+            raise
+        typer.echo(json.dumps({"ok": False, "problems": list(_problems(error))}, indent=1))
+        raise typer.Exit(2) from None
+    typer.echo(json.dumps({"ok": True, **costs}, indent=1) if as_json else as_text(costs))
+
+
+@app.command()
+def grid(
+    grid: Annotated[Path, typer.Argument(metavar="GRID", help="a grid file (YAML)")],
+    out: Annotated[Path | None, typer.Option(help="folder of runs [default: runs/<grid>]")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Run every combination of a grid that is not finished yet, and write OUT/grid.csv."""
+    from fedpeft.grid import read_grid, run_grid
+
+    cells, folder = read_grid(grid), out or Path("runs") / grid.stem
+    _prepare(device, threads)
+    from fedpeft.driver import plan_digest, simulate
+    from fedpeft.terminal import show_cell
+
+    outcomes = run_grid(
+        cells,
+        folder,
+        lambda plan, path: simulate(plan, out=path, resume=True, device=device).table,
+        plan_digest,
+        lambda i, outcome: show_cell(i, len(cells), outcome),
+    )
+    typer.echo(f"{folder / 'grid.csv'}")
+    if any(outcome.status == "failed" for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    folder: Exported,
+    data: Annotated[str | None, typer.Option(help="data line [default: the plan's]")] = None,
+    task: Annotated[str | None, typer.Option(help="task line [default: the plan's]")] = None,
+    model: Annotated[str | None, typer.Option(help="base model [default: the plan's]")] = None,
+) -> None:
+    """Evaluate an adapter on the test rows of a data line; print the metrics as JSON."""
+    from fedpeft.inference import load_exported, rows_of
+
+    rows = rows_of(data) if data else ()
+    found = load_exported(folder, model=model, task=task, rows=rows)
+    if not data and found.data is None:
+        raise PlanError(f"{folder}: names no data; say --data")
+    rows = rows or rows_of(str(found.data))
+    typer.echo(json.dumps({"records": len(rows), **found.evaluate(rows)}, indent=1))
+
+
+@app.command()
+def predict(
+    folder: Exported,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...")] = None,
+    data: Annotated[str | None, typer.Option(help="data line whose rows to predict")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="new tokens of a language model")] = 64,
+) -> None:
+    """Classify or continue texts; print one JSON line each."""
+    from fedpeft.inference import load_exported, rows_of
+
+    if not texts and data is None:
+        raise PlanError("predict: give texts, or --data with a data line")
+    found = load_exported(folder)
+    if found.classes:
+        column = getattr(found.task, "text", "text")
+        rows = [{column: text} for text in texts] if texts else rows_of(str(data))
+        for answer in found.classify(rows):
+            typer.echo(json.dumps(answer, ensure_ascii=False))
+        return
+    prompts = list(texts or [])
+    if not prompts:
+        prompts = [str(row.get("prompt", row.get("text", ""))) for row in rows_of(str(data))]
+    for prompt, text in zip(prompts, found.generate(prompts, tokens), strict=True):
+        typer.echo(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="fold the adapter into its base")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="new folder [default: RUN/merged]")] = None,
+) -> None:
+    """Copy a run's adapter elsewhere, or write the merged model."""
+    import shutil
+
+    from fedpeft.errors import RunError
+    from fedpeft.export import merge
+
+    adapter = run / "adapter"
+    if not adapter.is_dir():
+        raise RunError(f"{run}: holds no adapter; give a run folder, finished with --resume")
+    target = out or run / ("merged" if merged else "exported")
+    if target.exists():
+        raise RunError(f"{target}: exists; choose another --out")
+    if merged:
+        merge(adapter, target)
+    else:
+        shutil.copytree(adapter, target)
+    typer.echo(str(target))
+
+
+@app.command()
+def parts(
+    family: Annotated[str | None, typer.Argument(help="a family, such as aggregators")] = None,
+) -> None:
+    """List the methods a plan can name."""
+    from fedpeft.plan import PARTS
+    from fedpeft.spec import names
+
+    families = dict.fromkeys([*(f for f, _ in PARTS.values()), "presets", "models"])
+    for name in [family] if family else families:
+        listed = ", ".join(n for n in names(name) if n != "chain")
+        typer.echo(f"{name}: {listed}")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit status 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        app()
+    except FedPeftError as error:
+        for problem in _problems(error):
+            typer.echo(f"error: {problem}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        typer.echo(f"error: {error.strerror}: {error.filename or 'no file'}", err=True)
+        sys.exit(2)
+
+
+def _problems(error: FedPeftError) -> tuple[str, ...]:
+    return error.problems if isinstance(error, PlanError) else (str(error),)
+
+
+def _overrides(lines: list[str] | None) -> dict[str, Any]:
+    found = {}
+    for text in lines or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise PlanError(f"{text!r}: write LINE=SPEC, as in aggregator='mean'")
+        found[name] = value
+    return found
+
+
+def _prepare(device: str, threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise PlanError(f"--device {device}: write cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise PlanError(f"--device {device}: torch sees no CUDA device here; use --device cpu")

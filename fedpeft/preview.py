@@ -1,0 +1,199 @@
+"""What a plan would cost, before anything is loaded: parameters, bytes, memory. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedpeft.federation import Federation
+from fedpeft.models._outline import Outline
+from fedpeft.plan import Plan
+from fedpeft.preflight import check
+from fedpeft.rounds import header, start
+from fedpeft.tables import Tables
+from fedpeft.tensors import size
+from fedpeft.types import Codec, Scalar, Shapes, Tensors
+from fedpeft.wire import body
+
+_RUN = "0" * 32
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Bytes of one message; ``exact`` is false where the size depends on the values."""
+
+    bytes: int
+    exact: bool
+
+
+def preview(plan: Plan) -> dict[str, Any]:
+    """Return the plan's costs as plain values. Raises ``FedPeftError`` where it cannot run."""
+    checked = check(plan)
+    federation, found, shapes = checked.federation, checked.outline, checked.shapes
+    population = federation.population
+    tables = Tables(plan, shapes)
+    down, up = _down(plan, tables), _up(plan, tables)
+    cohort = plan.cohort.expected(len(population))
+    return {
+        "plan": plan.lines(),
+        "clients": len(population),
+        "records": _records(federation),
+        "classes": list(federation.classes),
+        "parameters": _parameters(found, shapes, tables),
+        "cohort": cohort,
+        "local": _local(plan, federation),
+        "bytes": {
+            "down_per_client": down.bytes,
+            "up_per_client": up.bytes,
+            "down_per_round": round(cohort * down.bytes),
+            "up_per_round": round(cohort * up.bytes),
+            "down_total": round(plan.rounds * cohort * down.bytes),
+            "up_total": round(plan.rounds * cohort * up.bytes),
+            "exact": down.exact and up.exact and found.exact,
+        },
+        "memory": _memory(found, shapes, tables, plan),
+        "warnings": _warnings(plan, federation, tables, found),
+    }
+
+
+def _down(plan: Plan, tables: Tables) -> Message:
+    expected = tables.down(0)
+    state = start(plan, tables, _filled(tables.shapes, 0))
+    told = header(state, _RUN, "")
+
+    def packed(kind: int) -> int:
+        sections = {"adapter": _encoded(plan.downlink, expected["adapter"], kind)}
+        if "control" in expected:
+            sections["control"] = _filled(expected["control"], kind)
+        return body(sections, expected).seal(told).nbytes
+
+    return _measured(packed)
+
+
+def _up(plan: Plan, tables: Tables) -> Message:
+    expected = tables.up(0)
+    told: dict[str, Scalar] = {
+        "run": _RUN,
+        "round": 0,
+        "steps": 10,
+        "lr_sum": 0.01,
+        "seen": 100,
+        "loss": 1 / 3,
+    }
+
+    def packed(kind: int) -> int:
+        sections = {"adapter": _encoded(plan.uplink, expected["adapter"], kind)}
+        if "control" in expected:
+            sections["control"] = _filled(expected["control"], kind)
+        return body(sections, expected).seal(told).nbytes
+
+    return _measured(packed)
+
+
+def _measured(packed: Any) -> Message:
+    zeros, values = packed(0), packed(1)
+    return Message(values, zeros == values)
+
+
+def _encoded(codec: Codec, shapes: Shapes, kind: int) -> Tensors:
+    return codec.encode(_filled(shapes, kind), np.random.default_rng(0))
+
+
+def _filled(shapes: Shapes, kind: int) -> Tensors:
+    rng = np.random.default_rng(0)
+    if kind == 0:
+        return {k: np.zeros(s, np.float32) for k, s in shapes.items()}
+    return {k: rng.standard_normal(s, np.float32) for k, s in shapes.items()}
+
+
+def _records(federation: Federation) -> dict[str, int]:
+    counts = list(federation.population.values())
+    return {
+        "train": sum(counts),
+        "held_out": sum(len(rows) for rows in federation.held.values()),
+        "test": len(federation.splits.test or []),
+        "smallest_client": min(counts),
+        "largest_client": max(counts),
+    }
+
+
+def _parameters(found: Outline, shapes: Shapes, tables: Tables) -> dict[str, int]:
+    roles = tables.roles(0)
+    return {
+        "base": size(found.parameters.values()),
+        "trained": size(s for k, s in shapes.items() if k in roles.train),
+        "head": size(s for k, s in found.head.items() if k in roles.train),
+        "travelling": size(s for k, s in shapes.items() if k in roles.up),
+    }
+
+
+def _local(plan: Plan, federation: Federation) -> dict[str, int]:
+    budgets = [plan.trainer.budget(n) for n in federation.population.values()]
+    return {
+        "steps_least": min(steps for steps, _ in budgets),
+        "steps_most": max(steps for steps, _ in budgets),
+        "records_seen_per_round": sum(seen for _, seen in budgets),
+    }
+
+
+def _memory(found: Outline, shapes: Shapes, tables: Tables, plan: Plan) -> dict[str, int]:
+    base, adapter = size(found.parameters.values()), size(shapes.values())
+    trained = size(s for k, s in shapes.items() if k in tables.roles(0).train)
+    state = start(plan, tables, _filled(shapes, 0))
+    server = [*state.params.values(), *state.slots.values(), *state.control.values()]
+    return {
+        "base_bytes": 4 * base,
+        "client_state_bytes": 4 * (adapter + 4 * trained),
+        "server_state_bytes": sum(value.nbytes for value in server),
+    }
+
+
+def _warnings(plan: Plan, federation: Federation, tables: Tables, found: Outline) -> list[str]:
+    said = []
+    if tables.roles(0).local and "test" in plan.evaluations and federation.splits.test:
+        said.append("test: some trained tensors stay with the clients; read the clients/ metrics")
+    if not found.exact:
+        said.append("adapter: the shape of this model's head is guessed; its bytes are an estimate")
+    if not plan.holdout and "clients" in plan.evaluations:
+        said.append("holdout: 0, so there is no federated evaluation")
+    if not federation.splits.test and plan.comparisons:
+        said.append("compare: needs a test set, and the data line has none")
+    return said
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """Return the preview for a terminal."""
+    traffic, count, memory = found["bytes"], found["parameters"], found["memory"]
+    about = "" if traffic["exact"] else " (estimate: sizes depend on the values)"
+    rows = [
+        *((line, str(value)) for line, value in found["plan"].items()),
+        ("", ""),
+        ("clients", f"{found['clients']:,}, {found['cohort']:g} asked per round"),
+        ("records", ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in found["records"].items())),
+        (
+            "parameters",
+            f"{count['trained']:,} trained ({count['head']:,} of them the head), "
+            f"{count['travelling']:,} travelling, {count['base']:,} in the base",
+        ),
+        (
+            "local work",
+            f"{found['local']['steps_least']} to {found['local']['steps_most']} steps per round",
+        ),
+        (
+            "bytes per round",
+            f"{traffic['up_per_round']:,} up, {traffic['down_per_round']:,} down{about}",
+        ),
+        ("bytes in total", f"{traffic['up_total']:,} up, {traffic['down_total']:,} down{about}"),
+        (
+            "memory",
+            f"{memory['base_bytes'] / 1e6:,.1f} MB base, "
+            f"{memory['client_state_bytes'] / 1e6:,.2f} MB per client in training, "
+            f"{memory['server_state_bytes'] / 1e6:,.2f} MB server state; activations not counted",
+        ),
+        *(("warning", text) for text in found["warnings"]),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)

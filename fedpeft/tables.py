@@ -1,0 +1,83 @@
+"""What both sides expect on the wire, derived from the plan alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedpeft.plan import Plan
+from fedpeft.tensors import shapes_of, size
+from fedpeft.types import Roles, Shapes, Tensors
+from fedpeft.wire import Body, Message, unpack
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """What came down: the adapter's shared tensors and a correction's control state."""
+
+    adapter: Tensors
+    control: Tensors
+
+
+class Tables:
+    """Names and shapes of every section of a round's packets, and what happens to each tensor."""
+
+    def __init__(self, plan: Plan, shapes: Shapes) -> None:
+        self._plan, self.shapes = plan, shapes
+        self._down: tuple[int, dict[str, Shapes]] = (-1, {})
+        self._up: tuple[int, dict[str, Shapes]] = (-1, {})
+        self._last: tuple[Body | None, Broadcast] = (None, Broadcast({}, {}))
+
+    def roles(self, round: int) -> Roles:
+        """What happens to each tensor in ``round``."""
+        return self._plan.adapter.roles(self.shapes, round)
+
+    def down(self, round: int) -> dict[str, Shapes]:
+        """What a broadcast of ``round`` holds."""
+        if self._down[0] != round:
+            self._down = round, self._new_down(round)
+        return self._down[1]
+
+    def up(self, round: int) -> dict[str, Shapes]:
+        """What a reply of ``round`` holds."""
+        if self._up[0] != round:
+            up = self.roles(round).up
+            shared = {k: s for k, s in self.shapes.items() if k in up}
+            self._up = round, _sections(shared, self._plan.correction.extras_up(shared))
+        return self._up[1]
+
+    def _new_down(self, round: int) -> dict[str, Shapes]:
+        down = self.roles(round).down
+        shared = {k: s for k, s in self.shapes.items() if k in down}
+        zeros = {k: np.zeros(s, np.float32) for k, s in shared.items()}
+        control = self._plan.correction.broadcast(self._plan.correction.server_init(zeros))
+        return _sections(shared, shapes_of(control))
+
+    def decode(self, message: Message | bytes, round: int) -> Broadcast:
+        """Decode a broadcast of ``round``; clients of one process share the last one's arrays.
+
+        Raises ``WireError`` for anything else.
+        """
+        key = message.body if isinstance(message, Message) else None
+        if key is None or key is not self._last[0]:
+            expected = self.down(round)
+            sections = unpack(message, expected, limit(expected)).sections
+            shared = self._plan.downlink.decode(sections["adapter"], expected["adapter"])
+            self._last = key, Broadcast(shared, sections.get("control", {}))
+        return self._last[1]
+
+    @property
+    def remembers(self) -> bool:
+        """Whether clients keep memory under this plan."""
+        return self._plan.correction.remembers or bool(self.roles(0).local)
+
+
+def _sections(adapter: Shapes, control: Shapes) -> dict[str, Shapes]:
+    return {"adapter": adapter, **({"control": control} if control else {})}
+
+
+def limit(expected: Mapping[str, Shapes]) -> int:
+    """Return the most bytes that a body with these sections may have, under any codec."""
+    return 65_536 + 16 * sum(size(shapes.values()) for shapes in expected.values())

@@ -1,0 +1,1 @@
+"""One file per task; what is learned, and how it is scored."""

@@ -1,0 +1,167 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from fedpeft.driver import Line, Result
+from fedpeft.grid import Outcome
+from fedpeft.plan import Plan
+
+_ROWS = {
+    "base": "base model, untrained",
+    "alone": "each client alone (mean)",
+    "federated": "federated adapter",
+    "central": "centralised, pooled data",
+}
+
+
+class RunScreen:
+    """Shows a run; see ``driver.Watch``."""
+
+    def __init__(self, console: Console, folder: Path) -> None:
+        self._console, self._folder = console, folder
+        self._live = console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not self._live,
+        )
+        self._rounds: TaskID | None = None
+        self._clients: TaskID | None = None
+        self._extra: dict[str, TaskID] = {}
+        self.round_done = 0
+
+    def __enter__(self) -> RunScreen:
+        self._console.print(f"preparing {self._folder} ...", style="dim")
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, plan: Plan, round: int) -> None:
+        """Open the bars."""
+        self.round_done = round
+        self._rounds = self._progress.add_task(
+            "rounds", total=plan.rounds, completed=round, note=""
+        )
+        self._clients = self._progress.add_task("clients", total=None, note="")
+        if round and not self._live:
+            self._console.print(f"resuming after round {round} of {plan.rounds}")
+
+    def client(self, done: int, cohort: int) -> None:
+        """Move the clients' bar."""
+        if self._clients is not None:
+            self._progress.update(self._clients, completed=done, total=cohort)
+
+    def round(self, line: Line) -> None:
+        """Move the rounds' bar, or print a line."""
+        self.round_done = line["round"] + 1
+        note = _note(line)
+        if self._rounds is not None:
+            self._progress.update(self._rounds, advance=1, note=note)
+        if not self._live:
+            self._console.print(f"round {self.round_done}  {note}", highlight=False)
+        for client, reason in line.get("refused", {}).items():
+            self._console.print(f"refused {client}: {reason}", style="yellow")
+
+    def compare(self, name: str, done: int, total: int) -> None:
+        """Move the bar of a comparison."""
+        if name not in self._extra:
+            self._extra[name] = self._progress.add_task(_ROWS[name], total=total, note="")
+        self._progress.update(self._extra[name], completed=done)
+
+    def finish(self, result: Result) -> None:
+        """Print the table."""
+        self._progress.stop()
+        show_result(self._console, result)
+
+
+@contextmanager
+def show_run(folder: Path) -> Iterator[RunScreen]:
+    """Show a run; Ctrl-C says how to go on."""
+    console = Console(soft_wrap=True)
+    try:
+        with RunScreen(console, folder) as screen:
+            yield screen
+    except KeyboardInterrupt:
+        console.print(
+            f"stopped after round {screen.round_done}; the same command with --resume goes on",
+            style="yellow",
+        )
+        raise SystemExit(130) from None
+
+
+def show_result(console: Console, result: Result) -> None:
+    """Print the final table and where things are."""
+    table = result.table
+    rows: Mapping[str, Any] = table["rows"] or {"federated": _server_metrics(table["last"])}
+    columns = [c for c in next(iter(rows.values()), {}) if not c.endswith("_worst_decile")]
+    if columns:
+        shown = Table(title=f"test set, after {table['rounds']} rounds, {table['clients']} clients")
+        shown.add_column("")
+        for column in columns:
+            shown.add_column(column, justify="right")
+        for name, metrics in rows.items():
+            shown.add_row(_ROWS.get(name, name), *(_cell(c, metrics.get(c)) for c in columns))
+        console.print(shown)
+    for name, value in table["last"].items():
+        if name.startswith("clients/") and ("accuracy" in name or "loss" in name):
+            about = "held-out records of the clients"
+            console.print(f"{about}: {name[8:].replace('_', ' ')} {value:.4f}", highlight=False)
+    console.print(
+        f"{table['up_bytes'] / 1e6:,.2f} MB up, {table['down_bytes'] / 1e6:,.2f} MB down, "
+        f"{table['seconds']:,.1f} s of rounds",
+        highlight=False,
+    )
+    if result.folder is not None:
+        console.print(f"adapter: {result.folder / 'adapter'}", highlight=False)
+
+
+def show_cell(index: int, total: int, outcome: Outcome) -> None:
+    """Print one line per run of a grid."""
+    values = ", ".join(f"{k}={v}" for k, v in outcome.cell.values.items())
+    score = _note(outcome.table.get("last", {})) if outcome.table else outcome.problem
+    style = {"failed": "red", "kept": "dim"}.get(outcome.status, "")
+    Console(soft_wrap=True).print(
+        f"{index + 1}/{total} {outcome.status:6} {values}: {score}", style=style, highlight=False
+    )
+
+
+def _server_metrics(last: Mapping[str, float]) -> dict[str, float]:
+    return {k.removeprefix("test/"): v for k, v in last.items() if k.startswith("test/")}
+
+
+def _note(line: Mapping[str, Any]) -> str:
+    names = ("loss", "test/accuracy", "test/loss", "clients/accuracy", "clients/loss")
+    shown = [f"{n} {line[n]:.4f}" for n in names if n in line]
+    if "seconds" in line:
+        shown.append(f"{line['seconds']:.1f} s")
+    return "  ".join(shown)
+
+
+def _cell(column: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.1f} %" if column in ("accuracy", "f1") else f"{value:.4f}"

@@ -1,0 +1,1 @@
+"""The server side of fedpeft as a Flower app."""

@@ -1,0 +1,59 @@
+"""Flower ServerApp: the loop of ``fedpeft run``, with the clients on the grid."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+import fedpeft
+from fedpeft.driver import drive, input_digests
+from fedpeft.errors import FedPeftError
+from fedpeft.federation import deal
+from fedpeft.flower import GridEngine
+from fedpeft.flower_config import home, read_config
+from fedpeft.run_folder import RunFolder
+from fedpeft.site import Site
+from fedpeft.terminal import RunScreen
+
+app = ServerApp()
+log = logging.getLogger("flwr.fedpeft")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the plan of the run-config; leave a run folder."""
+    try:
+        _run(grid, context)
+    except FedPeftError as error:
+        log.error("error: %s", error)
+        raise
+
+
+def _run(grid: Grid, context: Context) -> None:
+    import torch
+    from rich.console import Console
+
+    plan, settings = read_config(context.run_config)
+    torch.set_num_threads(settings.threads)
+    federation = deal(plan)
+    out = Path(settings.out).expanduser() if settings.out else home() / "runs" / str(context.run_id)
+    engine = GridEngine(grid, settings.deadline)
+    engine.greet(
+        federation.population,
+        fedpeft.__version__,
+        plan.digest(federation.splits.fingerprint),
+        settings.wait,
+    )
+    console = Console(file=sys.stdout, force_terminal=False, no_color=True, soft_wrap=True)
+    inputs = input_digests(plan, federation)
+    with (
+        RunFolder(out.absolute(), plan, inputs, resume=settings.resume) as folder,
+        RunScreen(console, folder.path) as screen,
+        contextlib.closing(Site(plan, federation, settings.device)) as site,
+    ):
+        screen.finish(drive(plan, site, engine, folder, screen))

@@ -1,0 +1,1 @@
+"""Plans, grids and benchmarks that reproduce claims; each runs from one command."""

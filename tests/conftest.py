@@ -1,0 +1,41 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random BERT's folder."""
+    return tiny.tiny_bert(tmp_path_factory.mktemp("bert") / "model")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama's folder."""
+    return tiny.tiny_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """Find a file of the shared data; skip where it is absent, but never in CI."""
+    root = Path(os.environ.get("FEDPEFT_DATA", "../shared/data"))
+
+    def find(name: str) -> Path:
+        if not (root / name).exists() and "CI" not in os.environ:
+            pytest.skip(f"{root / name} is not here")
+        return root / name
+
+    return find

@@ -1,0 +1,134 @@
+"""A learner without a model: every record pulls the parameters to a place of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedpeft.memory import InProcess
+from fedpeft.plan import Plan
+from fedpeft.rng import derive
+from fedpeft.rounds import (
+    ServerState,
+    broadcast,
+    client_round,
+    header,
+    server_round,
+    start,
+)
+from fedpeft.tables import Tables
+from fedpeft.types import Batch, Example, Metrics, Stacked, Tensors
+
+F64 = NDArray[np.float64]
+
+
+def record(number: int, length: int = 1) -> Example:
+    """Return the record of row ``number``, ``length`` tokens long."""
+    return {"input_ids": np.full(length, number, dtype=np.int64)}
+
+
+@dataclass
+class Quadratic:
+    """Record r has loss ``sum(curves[r] * (x - places[r])^2) / 2`` in ``x`` [K, d].
+
+    A tensor ``bowl``, where there is one, adds ``|bowl|^2 / 2`` to every loss.
+    """
+
+    curves: F64
+    places: F64
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def collate(self, records: Sequence[Example], weights: Sequence[float]) -> Batch:
+        """Keep the row numbers."""
+        rows = torch.tensor([int(r["input_ids"][0]) for r in records])
+        return Batch({"rows": rows}, rows, torch.tensor(weights, dtype=torch.float64))
+
+    def grads(
+        self,
+        params: Stacked,
+        fixed: Stacked,
+        batch: Batch,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> tuple[Stacked, torch.Tensor]:
+        """Return gradients and losses as a model's learner does."""
+        leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
+        losses = self._losses({**fixed, **leaves}, batch.labels)
+        found = torch.autograd.grad((losses * batch.weights).sum(), list(leaves.values()))
+        return dict(zip(leaves, found, strict=True)), losses.detach()
+
+    def evaluate(self, tensors: Tensors, examples: Sequence[Example]) -> Metrics:
+        """Return the mean loss."""
+        rows = torch.tensor([int(e["input_ids"][0]) for e in examples])
+        stacked = {k: torch.from_numpy(np.array(v)).double()[None] for k, v in tensors.items()}
+        return {"loss": float(self._losses(stacked, rows).mean())}
+
+    def _losses(self, params: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+        x = params["x"]
+        each = len(rows) // len(x)
+        curves, places = torch.from_numpy(self.curves)[rows], torch.from_numpy(self.places)[rows]
+        distance = x.repeat_interleave(each, dim=0) - places
+        losses = (curves * distance**2).sum(1) / 2
+        if "bowl" in params:
+            losses = losses + (params["bowl"].flatten(1) ** 2).sum(1).repeat_interleave(each) / 2
+        return losses
+
+    def minimum(self, rows: Sequence[int] | slice = slice(None)) -> F64:
+        """Return where the mean loss of ``rows`` is least."""
+        found: F64 = (self.curves[rows] * self.places[rows]).sum(0) / self.curves[rows].sum(0)
+        return found
+
+
+@dataclass
+class QuadraticSite:
+    """What ``rounds`` needs to play clients; every client holds the records of ``held``."""
+
+    learner: Quadratic
+    tables: Tables
+    initial: Tensors
+    held: Mapping[str, Sequence[Example]]
+
+    def train(self, client: str) -> Sequence[Example]:
+        """Return the client's records."""
+        return self.held[client]
+
+
+def quadratic_plan(**lines: Any) -> Plan:
+    """Return a plan whose model and data are never read."""
+    return Plan.from_lines(
+        {
+            "model": "tiny-novels",
+            "task": "classify",
+            "data": "embedded(name='support')",
+            "adapter": "full",
+            "trainer": "plain(optimizer='sgd', lr=0.2, steps=4, batch=1)",
+            "rounds": 1000,
+        }
+        | lines
+    )
+
+
+def play(plan: Plan, learner: Quadratic, rounds: int) -> Iterator[ServerState]:
+    """Play whole rounds, packets and memories included; client i holds record i alone."""
+    count, width = learner.curves.shape
+    held = {f"client-{i}": [record(i)] for i in range(count)}
+    tables, population = Tables(plan, {"x": (width,)}), dict.fromkeys(held, 1)
+    site = QuadraticSite(learner, tables, {"x": np.zeros(width, np.float32)}, held)
+    state, memories = start(plan, tables, site.initial), InProcess()
+    for round in range(rounds):
+        cohort = plan.cohort.choose(list(held), derive(0, round, "cohort"))
+        weights = plan.weighting.weigh(cohort, population, plan.cohort.expected(count))
+        sealed, replies = broadcast(plan, tables, state), []
+        for name in cohort:
+            message, memory = sealed.seal(header(state, "run", name)), memories.load(name)
+            reply, after = client_round(plan, site, name, message, memory)
+            memories.save(name, after)
+            replies.append((name, reply))
+        state, report = server_round(plan, tables, state, "run", population, weights, replies)
+        if report.refused:
+            raise AssertionError(f"round {round}: {report.refused}")
+        yield state

@@ -1,0 +1,494 @@
+from __future__ import annotations
+
+import json
+import random
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+import client.app
+import server.app
+from fedpeft.driver import simulate
+from fedpeft.errors import PlanError, RunError, WireError
+from fedpeft.export import read_tensors
+from fedpeft.federation import deal
+from fedpeft.flower import (
+    Hello,
+    hello_record,
+    metrics_record,
+    packet_record,
+    read_hello,
+    read_metrics,
+    read_packet,
+)
+from fedpeft.flower_config import LINES, Settings, as_toml, read_config, run_config
+from fedpeft.models import _base
+from fedpeft.plan import Plan, read_lines
+from fedpeft.types import Tensors
+from fedpeft.wire import body
+from tests.tiny import support_lines, support_plan, tiny_bert
+
+ROOT = Path(__file__).parents[1]
+SGD = "plain(optimizer='sgd', lr=0.1, steps=2, batch=4)"
+
+
+class FakeGrid(Grid):
+    """Runs the real ClientApp in this process; its knobs say what goes wrong on the way.
+
+    ``broken`` maps (node, message type) to what the client raises; ``silent`` nodes never answer;
+    ``slow`` ones answer only when they are asked for the ``slow``-th time.
+    """
+
+    def __init__(self, config: dict[str, Any], nodes: int) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 1, 1
+        self.config, self.total = config, nodes
+        self.nodes = {100 + 7 * (i * 5 % nodes): i for i in range(nodes)}
+        self.sent: list[Message] = []
+        self.waiting: dict[str, Message] = {}
+        self.broken: dict[tuple[int, str], Exception] = {}
+        self.silent: set[tuple[int, str]] = set()
+        self.gone: set[int] = set()
+        self.slow: dict[int, int] = {}
+        self.extra: list[Message] = []
+        self.app = client.app.app
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            if message.metadata.dst_node_id in self.gone:
+                continue
+            ids.append(f"m{len(self.sent)}")
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            self.sent.append(message)
+            self.waiting[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        asked = [i for i in message_ids if i in self.waiting]
+        random.Random(len(self.sent)).shuffle(asked)
+        replies, self.extra = self.extra, []
+        for i in asked:
+            message = self.waiting[i]
+            place = self.nodes[message.metadata.dst_node_id]
+            if (place, message.metadata.message_type) in self.silent:
+                continue
+            if self.slow.get(place, 0) > 0:
+                self.slow[place] -= 1
+                continue
+            replies.append(self.play(self.waiting.pop(i), place))
+        return replies
+
+    def play(self, message: Message, place: int) -> Message:
+        context = Context(
+            run_id=7,
+            node_id=message.metadata.dst_node_id,
+            node_config={"partition-id": place, "num-partitions": self.total},
+            state=RecordDict(),
+            run_config=self.config,
+        )
+        error = self.broken.get((place, message.metadata.message_type))
+        if error is not None:
+            return Message(Error(2, f"<class 'X'>:<'\nException: {error}'>"), reply_to=message)
+        reply = self.app(message, context)
+        assert not context.state  # client memory is on disk
+        return reply
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bert(tmp_path_factory.mktemp("tiny") / "bert")
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Server and clients share this process but, as in real life, no base model."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("FEDPEFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("fedpeft.site.load_base", _base.load_base.__wrapped__)
+    monkeypatch.setattr("fedpeft.flower._SLEEP", (0.0, 0.001))
+    yield
+    client.app._sites.clear()
+    client.app._deal.cache_clear()
+    torch.set_num_threads(threads)
+
+
+def config_of(plan: Plan, **settings: Any) -> dict[str, Any]:
+    return {**run_config(plan), "threads": 1, **settings}
+
+
+def serve(grid: FakeGrid) -> None:
+    context = Context(7, 1, {}, RecordDict(), grid.config)
+    server.app.app(grid, context)
+
+
+def result_of(out: Path) -> tuple[Tensors, list[dict[str, Any]], dict[str, Any]]:
+    history = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    return read_tensors(out / "adapter"), history, json.loads((out / "result.json").read_text())
+
+
+def assert_same(one: Path, other: Path) -> None:
+    files = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    (_, a, first), (_, b, second) = result_of(one), result_of(other)
+    for line in (*a, *b, first, second):
+        line.pop("seconds")
+    assert a == b
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        {},
+        {"compare": "base, alone, central", "clients": 3},
+        {"correction": "scaffold", "trainer": SGD, "rounds": 3, "cohort": "uniform(size=3)"},
+        {"adapter": "lora(r=4, alpha=8, head='local')", "rounds": 3},
+        {"uplink": "half", "downlink": "half", "holdout": 0},
+    ],
+    ids=["plain", "compare", "scaffold", "local-head", "half"],
+)
+def test_flower_and_simulation_agree_bit_for_bit(
+    bert: Path, tmp_path: Path, lines: dict[str, Any]
+) -> None:
+    plan = support_plan(bert, **lines)
+    simulate(plan, out=tmp_path / "in-process")
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=plan.clients or 0)
+    serve(grid)
+    assert_same(tmp_path / "in-process", tmp_path / "out")
+
+
+def test_a_failing_client_is_named_and_the_round_goes_on(bert: Path, tmp_path: Path) -> None:
+    plan = support_plan(bert)
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=4)
+    grid.broken[2, "train"] = MemoryError("no room")
+    grid.broken[1, "evaluate"] = MemoryError("no room")
+    serve(grid)
+    _, history, _ = result_of(tmp_path / "out")
+    names = sorted(history[0]["per_client"])
+    assert len(names) == 3
+    assert len(history[0]["replied"]) == 3
+    ((name, reason),) = history[0]["refused"].items()
+    assert "no room (code 2)" in reason
+    assert name not in history[0]["replied"]
+
+
+def test_a_refusal_names_client_and_reason(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory lost on one client: it says so, and only it is missing from then on."""
+    plan = support_plan(bert, correction="scaffold", trainer=SGD, rounds=3)
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=4)
+    play, lost = grid.play, list[Path]()
+
+    def lossy(message: Message, place: int) -> Message:
+        if len(grid.sent) == 16 and not lost:  # greeting, a round, its evaluation, the next round
+            lost.extend((tmp_path / "home" / "clients").glob("*/client-001*"))
+            lost[0].unlink()
+        return play(message, place)
+
+    monkeypatch.setattr(grid, "play", lossy)
+    serve(grid)
+    _, history, _ = result_of(tmp_path / "out")
+    refused = [sorted(line.get("refused", {})) for line in history]
+    assert refused == [[], ["client-001"], ["client-001"]]
+    assert "restore the client's memory" in history[1]["refused"]["client-001"]
+
+
+def test_a_round_that_every_client_refuses_ends_the_run(bert: Path, tmp_path: Path) -> None:
+    grid = FakeGrid(config_of(support_plan(bert), out=str(tmp_path / "out")), nodes=4)
+    for place in range(4):
+        grid.broken[place, "train"] = MemoryError("no room")
+    with pytest.raises(RunError, match=r"no client plays this round; client-00\d: .*no room"):
+        serve(grid)
+    grid.broken.clear()
+    with pytest.raises(RunError, match="holds a begun run"):
+        serve(grid)
+    grid.config["resume"] = True
+    serve(grid)
+    assert len(result_of(tmp_path / "out")[1]) == 2
+
+
+def test_a_silent_client_is_left_out_after_the_deadline(bert: Path, tmp_path: Path) -> None:
+    config = config_of(support_plan(bert), out=str(tmp_path / "out"), deadline=0.3)
+    grid = FakeGrid(config, nodes=4)
+    grid.silent = {(3, "train"), (3, "evaluate")}
+    serve(grid)
+    _, history, _ = result_of(tmp_path / "out")
+    assert [line["refused"] for line in history] == 2 * [
+        {"client-003": "no reply within 0.3 seconds"}
+    ]
+
+
+def test_late_and_unknown_replies_are_dropped_with_a_line(
+    bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = support_plan(bert, correction="scaffold", trainer=SGD, rounds=3, holdout=0)
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "out"), deadline=0.3), nodes=4)
+    grid.silent = {(3, "train")}
+    stray = Message(RecordDict(), 1, "train")
+    stray.metadata.__dict__["_message_id"] = "stray"
+    grid.extra = [Message(RecordDict(), reply_to=stray)]
+    push = grid.push_messages
+
+    def wakes(messages: Iterable[Message]) -> Iterable[str]:
+        if len(grid.sent) == 4 + 2 * 4:  # the third round: it now answers all three
+            grid.silent.clear()
+        return push(messages)
+
+    grid.push_messages = wakes  # type: ignore[method-assign]
+    with caplog.at_level("INFO", logger="flwr.fedpeft"):
+        serve(grid)
+    _, history, _ = result_of(tmp_path / "out")
+    assert [sorted(line.get("refused", {})) for line in history[:2]] == 2 * [["client-003"]]
+    said = [record.message for record in caplog.records]
+    assert sum("client-003 said too late" in text for text in said) == 2
+    assert sum("not sent: stray" in text for text in said) == 1
+
+
+def test_a_late_round_does_not_push_out_the_memory_of_a_newer_one(
+    bert: Path, tmp_path: Path
+) -> None:
+    plan = support_plan(bert, correction="scaffold", trainer=SGD, rounds=2)
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=4)
+    serve(grid)
+    old = next(m for m in grid.sent if m.metadata.message_type == "train")
+    (memory,) = (tmp_path / "home" / "clients").iterdir()
+    before = {path: path.read_bytes() for path in memory.iterdir()}
+    reply = grid.play(old, grid.nodes[old.metadata.dst_node_id])
+    assert "round 0 is over" in str(reply.error.reason)
+    assert {path: path.read_bytes() for path in memory.iterdir()} == before
+
+
+def test_more_nodes_than_clients(
+    bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = support_plan(bert)
+    simulate(plan, out=tmp_path / "in-process")
+    with caplog.at_level("WARNING", logger="flwr.fedpeft"):
+        grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=6)
+        grid.slow = dict.fromkeys(range(4), 3)
+        serve(grid)
+    assert_same(tmp_path / "in-process", tmp_path / "out")
+    assert sum("the plan has no client for it" in r.message for r in caplog.records) == 2
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_fewer_nodes_than_clients_share_them(bert: Path, tmp_path: Path, nodes: int) -> None:
+    plan = support_plan(bert, correction="scaffold", trainer=SGD)
+    simulate(plan, out=tmp_path / "in-process")
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=nodes)
+    serve(grid)
+    assert_same(tmp_path / "in-process", tmp_path / "out")
+
+
+def test_a_node_refuses_a_client_it_does_not_play(bert: Path) -> None:
+    grid = FakeGrid(config_of(support_plan(bert)), nodes=4)
+    for name, reason in (("client-001", "does not play 'client-001'"), ("", "names no client")):
+        message = Message(packet_record(b"", name), next(iter(grid.nodes)), "train")
+        assert reason in str(grid.play(message, 0).error.reason)
+
+
+def test_the_server_waits_for_clients_and_then_names_those_missing(
+    bert: Path, tmp_path: Path
+) -> None:
+    grid = FakeGrid(config_of(support_plan(bert), out=str(tmp_path / "out"), wait=0.3), nodes=4)
+    grid.silent = {(1, "query")}
+    with pytest.raises(RunError, match=r"1 of 4 clients are missing \(client-001\).*0.3 seconds"):
+        serve(grid)
+
+
+def test_nodes_that_come_later_are_greeted(bert: Path, tmp_path: Path) -> None:
+    grid = FakeGrid(config_of(support_plan(bert), out=str(tmp_path / "out")), nodes=4)
+    nodes, calls = dict(grid.nodes), []
+    grid.total = 0
+
+    def appearing() -> Iterable[int]:
+        calls.append(0)
+        return list(nodes)[: len(calls) - 1]
+
+    grid.get_node_ids = appearing  # type: ignore[method-assign]
+    serve(grid)
+    assert len(result_of(tmp_path / "out")[1]) == 2
+
+
+def test_a_node_that_left_is_refused(bert: Path, tmp_path: Path) -> None:
+    grid = FakeGrid(config_of(support_plan(bert, rounds=1), out=str(tmp_path / "out")), nodes=4)
+    engine_nodes = {place: node for node, place in grid.nodes.items()}
+    push = grid.push_messages
+
+    def leaving(messages: Iterable[Message]) -> Iterable[str]:
+        if len(grid.sent) == 4:
+            grid.gone.add(engine_nodes[2])
+        return push(messages)
+
+    grid.push_messages = leaving  # type: ignore[method-assign]
+    serve(grid)
+    (line,) = result_of(tmp_path / "out")[1]
+    assert "its node is gone" in line["refused"]["client-002"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"version": "0.0.9"}, "node 100: has fedpeft 0.0.9, the server has"),
+        ({"plan": "x"}, "node 100: reads other data than the server"),
+        ({"records": [1]}, "node 100: client-000 has 1 records, in the plan"),
+        ({"clients": ["client-001"]}, "says that it plays client-001, as another node did"),
+        ({"clients": ["client-009"]}, "plays 'client-009', which the plan does not have"),
+    ],
+)
+def test_a_node_that_does_not_fit_is_named(
+    bert: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    grid = FakeGrid(config_of(support_plan(bert), out=str(tmp_path / "out")), nodes=4)
+    play = grid.play
+
+    def lying(message: Message, place: int) -> Message:
+        reply = play(message, place)
+        if place == 0:
+            told = replace(read_hello(reply.content), **changes)
+            if "clients" in changes:
+                told = replace(told, records=[deal(support_plan(bert)).population["client-001"]])
+            reply.content = hello_record(told)
+        return reply
+
+    grid.play = lying  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="clients are missing") as caught:
+        serve(grid)
+    assert reason in str(caught.value)
+
+
+def test_a_run_id_cannot_leave_the_folder_of_memories(bert: Path, tmp_path: Path) -> None:
+    plan = support_plan(bert, correction="scaffold", trainer=SGD)
+    grid = FakeGrid(config_of(plan), nodes=4)
+    packet = body({}, {}).seal({"run": "../../elsewhere", "round": 0, "ack": -1})
+    message = Message(packet_record(packet, "client-000"), next(iter(grid.nodes)), "train")
+    assert "names no run" in str(grid.play(message, 0).error.reason)
+
+
+def test_a_node_without_partition_says_so(bert: Path) -> None:
+    plan = support_plan(bert)
+    FakeGrid({}, 1)  # sets the identity that messages need
+    context = Context(7, 5, {}, RecordDict(), config_of(plan))
+    reply = client.app.app(Message(RecordDict(), 5, "query"), context)
+    assert "no partition-id" in str(reply.error.reason)
+
+
+def test_records_hold_what_was_put_in() -> None:
+    for hello in (Hello(["a", "b"], [3, 5], 4, "0.1", "d"), Hello([], [], 4, "0.1", "d")):
+        assert read_hello(hello_record(hello)) == hello
+    assert read_packet(packet_record(b"abc")) == b"abc"
+    assert read_metrics(metrics_record({"loss": 0.1, "n": 3})) == {"loss": 0.1, "n": 3.0}
+    assert read_metrics(metrics_record({})) == {}
+
+
+def test_other_records_are_refused() -> None:
+    foreign = [
+        RecordDict(),
+        RecordDict({"packet": ArrayRecord({"bytes": Array(np.zeros(3, np.uint8))})}),
+        RecordDict({"packet": ArrayRecord({"a": Array(np.zeros(3)), "b": Array(np.zeros(3))})}),
+        RecordDict({"hello": ConfigRecord({"clients": ["a"], "records": "many"})}),
+        RecordDict({"metrics": MetricRecord({"loss": [1.0, 2.0]})}),
+    ]
+    for content in foreign:
+        for read in (read_packet, read_hello, read_metrics):
+            with pytest.raises(WireError):
+                read(content)
+
+
+def test_the_app_is_the_quickstart() -> None:
+    app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    quickstart = read_lines(ROOT / "simulations" / "quickstart.yaml")
+    settings = {field.name: field.default for field in fields(Settings)}
+    assert app["config"] == {name: quickstart.get(name, "") for name in LINES} | settings
+    assert set(quickstart) <= set(LINES)
+    plan, found = read_config(app["config"])
+    assert plan == Plan.from_lines(quickstart)
+    assert found == Settings()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        {},
+        {"evaluate": "test", "keep_best": "test/loss", "patience": 3, "holdout": 0.25, "seed": 4},
+        {"evaluate": ""},
+        {"uplink": "half", "compare": "base, central"},
+    ],
+)
+def test_a_plan_survives_the_run_config(bert: Path, lines: dict[str, Any]) -> None:
+    plan = support_plan(bert, **lines)
+    flat = run_config(plan)
+    assert list(flat) == list(LINES)
+    again, _ = read_config(flat)
+    assert run_config(again) == flat
+    assert again.evaluations == plan.evaluations
+    assert again == replace(plan, evaluate=again.evaluate)
+    assert tomllib.loads(as_toml(plan)) == flat
+
+
+def test_paths_become_absolute_where_they_exist(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = support_lines(bert)
+    monkeypatch.chdir(bert.parent)
+    (bert.parent / "text").write_text("a file called as a column\n")
+    lines |= {"model": "bert", "data": "jsonl(train='support.train.jsonl', test='./no.jsonl')"}
+    flat = run_config(Plan.from_lines(lines))
+    assert flat["model"] == str(bert.resolve())
+    assert str(bert.parent / "support.train.jsonl") in str(flat["data"])
+    assert "test='./no.jsonl'" in str(flat["data"])
+    assert "text='text'" in str(flat["task"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hub").mkdir()
+    assert run_config(Plan.from_lines(lines | {"model": "org/name"}))["model"] == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"threads": 0}, "threads: 0 must be at least 1"),
+        ({"deadline": -1.0}, "deadline: -1.0 must be at least 0"),
+        ({"resume": "yes"}, "resume: 'yes' must be a bool"),
+        ({"wait": True}, "wait: True must be a float"),
+    ],
+)
+def test_settings_are_checked(bert: Path, settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(PlanError, match=problem):
+        read_config(config_of(support_plan(bert), **settings))

@@ -1,0 +1,230 @@
+"""Every pair of parts runs two rounds with finite numbers, or is refused with a reason.
+
+The fast tier runs plans that between them hold every pair; the slow tier runs each pair by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedpeft import Plan, simulate
+from fedpeft.errors import PlanError
+from fedpeft.plan import PARTS
+from fedpeft.spec import names
+from tests.tiny import support_files, tiny_bert, tiny_llama
+
+Choice = tuple[str, str]
+"""A line of the plan and its value."""
+
+LISTED: Mapping[str, list[str]] = {
+    "task": ["classify", "causal_lm(max_length=24)"],
+    "adapter": [
+        *(
+            f"lora(r=2, train={train!r}, head={head!r})"
+            for train in ("A,B", "A", "B")
+            for head in ("average", "local", "frozen")
+        ),
+        "lora(r=2, targets='all-linear', dropout=0.1, init='orthonormal', rslora=True)",
+        "full",
+    ],
+    "trainer": [
+        "plain(optimizer='sgd', lr=0.1, steps=2, batch=4)",
+        "plain(optimizer='sgd', lr=0.1, steps=2, batch=4, momentum=0.9, weight_decay=0.01)",
+        "plain(optimizer='sgd', lr=0.1, epochs=1, batch=16, schedule='cosine', accumulate=2)",
+        "plain(lr=1e-3, steps=2, batch=4)",
+        "plain(lr=1e-3, records=10, batch=4, schedule='linear', final=0.1, clip=1.0)",
+    ],
+    "correction": ["none", "fedprox(mu=0.1)", "scaffold"],
+    "uplink": ["raw", "half", "half(dtype='bfloat16')", "raw | half"],
+    "downlink": ["raw", "half", "half(dtype='bfloat16')", "half | raw"],
+    "cohort": ["everyone", "uniform(size=2)", "poisson(rate=0.6)"],
+    "weighting": ["examples", "uniform", "uniform(denominator='expected')"],
+    "optimizer": ["sgd", "sgd(lr=0.5, momentum=0.9)", "adam", "yogi", "adagrad"],
+    "partition": [
+        *("iid", "dirichlet(alpha=1.0)", "dirichlet(field='label')"),
+        *("by_field(field='label')", "shards", "quantity"),
+    ],
+}
+
+
+def _options() -> dict[str, list[str]]:
+    """Return the values of every line; a method that is not listed comes with its defaults."""
+    found = {}
+    for line, (family, _) in PARTS.items():
+        if line == "data":
+            continue
+        listed = list(LISTED.get(line, []))
+        known = {text.partition("(")[0].strip() for text in listed} | {"chain"}
+        found[line] = listed + [name for name in names(family) if name not in known]
+    return found
+
+
+OPTIONS = _options()
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """Return the data line, and the model of each kind of task."""
+    root = tmp_path_factory.mktemp("pairs")
+    train, test = support_files(root)
+    return {
+        "data": f"jsonl(train={str(train)!r}, test={str(test)!r})",
+        "classify": str(tiny_bert(root / "bert")),
+        "causal_lm": str(tiny_llama(root / "llama")),
+    }
+
+
+def _plan(chosen: Mapping[str, str], lines: Mapping[str, Any] | None = None) -> Plan:
+    """Return the plan with these choices; the first option of every other line."""
+    full = {line: options[0] for line, options in OPTIONS.items()} | dict(chosen)
+    given = lines or {"data": "jsonl(train='none')"}
+    model = given.get(full["task"].partition("(")[0], "org/name")
+    natural = full["partition"].startswith("by_field")  # it brings its own clients
+    scalars = {"rounds": 2, "clients": None if natural else 3, "model": model}
+    return Plan.from_lines({**full, **scalars, "data": given["data"]})
+
+
+@lru_cache(maxsize=100_000)
+def _refusal(chosen: tuple[Choice, ...]) -> str:
+    """Return why a plan with these choices is refused, or nothing."""
+    try:
+        _plan(dict(chosen))
+    except PlanError as error:
+        return str(error)
+    return ""
+
+
+def _fits(chosen: Mapping[str, str]) -> bool:
+    return not _refusal(tuple(sorted(chosen.items())))
+
+
+def _completion(pair: tuple[Choice, Choice]) -> dict[str, str] | None:
+    """Return choices that hold the pair and fit: it alone, or with one other line's help."""
+    alone = dict(pair)
+    if _fits(alone):
+        return alone
+    for line, options in OPTIONS.items():
+        for value in options if line not in alone else []:
+            if _fits({**alone, line: value}):
+                return {**alone, line: value}
+    return None
+
+
+def _pairs() -> Iterator[tuple[Choice, Choice]]:
+    for one, other in itertools.combinations(OPTIONS, 2):
+        for a, b in itertools.product(OPTIONS[one], OPTIONS[other]):
+            yield (one, a), (other, b)
+
+
+@lru_cache(maxsize=1)
+def _possible() -> dict[tuple[Choice, Choice], dict[str, str]]:
+    """Return the pairs that some plan can hold, each with a completion."""
+    found = {pair: _completion(pair) for pair in _pairs()}
+    return {pair: chosen for pair, chosen in found.items() if chosen is not None}
+
+
+def _held(chosen: Mapping[str, str]) -> set[tuple[Choice, Choice]]:
+    full = {line: chosen.get(line, options[0]) for line, options in OPTIONS.items()}
+    return set(itertools.combinations(full.items(), 2))
+
+
+@lru_cache(maxsize=1)
+def _cover() -> list[dict[str, str]]:
+    """Return few plans that hold every possible pair; greedy, and the same every time."""
+    left, cover = dict.fromkeys(_possible()), list[dict[str, str]]()
+    while left:
+        chosen = dict(_possible()[next(iter(left))])
+        for line in [line for line in OPTIONS if line not in chosen]:
+
+            def gain(value: str, line: str = line, chosen: dict[str, str] = chosen) -> int:
+                return sum(
+                    (pair in left)
+                    for other, its in chosen.items()
+                    for pair in (((line, value), (other, its)), ((other, its), (line, value)))
+                )
+
+            ordered = sorted(OPTIONS[line], key=gain, reverse=True)
+            chosen[line] = next(v for v in ordered if _fits({**chosen, line: v}))
+        cover.append(chosen)
+        for pair in _held(chosen):
+            left.pop(pair, None)
+    return cover
+
+
+def _problem(chosen: Mapping[str, str], lines: Mapping[str, Any]) -> str:
+    """Run two rounds; return what is wrong, or nothing."""
+    try:
+        result = simulate(_plan(chosen, lines))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if len(result.history) != 2:
+        return f"{len(result.history)} rounds"
+    for line in result.history:
+        if line.get("refused"):
+            return f"refused {line['refused']}"
+        for name, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                return f"{name} is {value}"
+        if line["replied"] and not (line["loss"] > 0 and line["seen"] > 0):
+            return f"nothing was trained: {line}"
+    for name, tensor in result.tensors.items():
+        if tensor.dtype != np.float32 or not np.isfinite(tensor).all():
+            return f"{name} is {tensor.dtype} with {np.ptp(tensor)}"
+    return ""
+
+
+def test_every_method_takes_part() -> None:
+    for line, (family, _) in PARTS.items():
+        if line != "data":
+            used = {v.partition("(")[0].strip() for v in OPTIONS[line] if "|" not in v}
+            assert used == set(names(family)) - {"chain"}
+
+
+def test_pairs_that_are_refused_say_why_and_are_few() -> None:
+    possible = _possible()
+    refused = [pair for pair in _pairs() if pair not in possible]
+    for one, other in refused:
+        reason = _refusal(tuple(sorted((one, other))))
+        assert any(reason.startswith(f"{line}: ") for line, _ in (one, other)), reason
+        assert len(reason) > 40
+    assert len(refused) < 0.05 * len(possible)
+
+
+def test_the_cover_holds_every_possible_pair() -> None:
+    held = set[tuple[Choice, Choice]]().union(*(_held(chosen) for chosen in _cover()))
+    assert set(_possible()) <= held
+    assert len(_cover()) < 150
+
+
+def test_every_pair_runs_or_is_refused(lines: Mapping[str, Any]) -> None:
+    wrong = []
+    for chosen in _cover():
+        if problem := _problem(chosen, lines):
+            wrong.append(f"{problem}\n    {chosen}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_every_pair_runs_by_itself(lines: Mapping[str, Any]) -> None:
+    wrong = []
+    for pair, chosen in _possible().items():
+        if problem := _problem(chosen, lines):
+            wrong.append(f"{pair}: {problem}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_pair_leaves_no_trace(lines: Mapping[str, Any], tmp_path: Path) -> None:
+    """The base is cached: what ran before must not change what runs now."""
+    first = simulate(_plan({"adapter": "lora(r=2)"}, lines)).tensors
+    simulate(_plan({"adapter": "full"}, lines))
+    simulate(_plan({"adapter": "lora(r=3, targets='all-linear')"}, lines))
+    again = simulate(_plan({"adapter": "lora(r=2)"}, lines)).tensors
+    assert all(np.array_equal(first[k], again[k]) for k in first)

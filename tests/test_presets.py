@@ -1,0 +1,125 @@
+"""Papers by their names: what their lines say, and that they run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedpeft import Plan, simulate
+from fedpeft.errors import PlanError
+from fedpeft.plan import PARTS
+from fedpeft.rounds import Tables
+from fedpeft.spec import build, describe, names
+from tests.tiny import support_plan
+
+PRESETS = names("presets")
+
+
+def _plan(preset: str, **lines: Any) -> Plan:
+    return Plan.from_lines(
+        {
+            "model": "org/name",
+            "task": "classify",
+            "data": "jsonl(train='none')",
+            "rounds": 3,
+            "preset": preset,
+        }
+        | lines
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_lines_are_specs_of_a_plan(name: str) -> None:
+    lines = build("presets", name).lines()
+    assert set(lines) <= set(PARTS)
+    plan = _plan(name)
+    for line, spec in lines.items():
+        family = PARTS[line][0]
+        assert describe(getattr(plan, line)) == describe(build(family, spec))
+    # nothing that makes the method is left to defaults that may change
+    assert {"aggregator", "weighting", "optimizer", "correction"} <= set(lines)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_explicit_lines_win(name: str) -> None:
+    plan = _plan(name, weighting="uniform(denominator='expected')", optimizer="sgd(lr=0.25)")
+    assert describe(plan.weighting) == "uniform(denominator='expected')"
+    assert describe(plan.optimizer) == "sgd(lr=0.25)"
+    assert describe(plan.correction) == describe(_plan(name).correction)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_knob_turns_something(name: str) -> None:
+    preset = build("presets", name)
+    for f in dataclasses.fields(preset):
+        value = getattr(preset, f.name)
+        other: Any = {str: "orthonormal", int: 2, float: 0.5}[type(value)]
+        turned = dataclasses.replace(preset, **{f.name: other})
+        assert turned.lines() != preset.lines(), f.name
+        _plan(describe(turned).replace("accumulate=8", "accumulate=1"))
+
+
+def test_fedit_has_the_values_of_the_released_code() -> None:
+    plan: Any = _plan("fedit", task="causal_lm")
+    adapter, trainer = plan.adapter, plan.trainer
+    assert (adapter.r, adapter.alpha, adapter.dropout, adapter.targets) == (16, 16, 0.05, "q_proj")
+    assert (adapter.train, trainer.optimizer, trainer.lr) == ("A,B", "adamw", 3e-4)
+    assert (trainer.batch, trainer.batch // trainer.accumulate, trainer.epochs) == (64, 8, 10)
+    assert describe(plan.weighting) == "examples"
+
+
+def test_ffa_lora_sends_b_alone() -> None:
+    plan = _plan("ffa_lora")
+    shapes = {"m.lora_A.weight": (8, 20), "m.lora_B.weight": (30, 8)}
+    tables = Tables(plan, shapes)
+    assert tables.up(0) == tables.down(0) == {"adapter": {"m.lora_B.weight": (30, 8)}}
+
+
+@pytest.mark.parametrize(
+    ("preset", "line", "spec"),
+    [
+        ("fedavg(lr=0.3, epochs=2, batch=5)", "trainer", "plain(optimizer='sgd', lr=0.3, epochs=2"),
+        ("fedavgm(momentum=0.7)", "optimizer", "sgd(momentum=0.7)"),
+        ("fedprox(mu=0.1)", "correction", "fedprox(mu=0.1)"),
+        ("scaffold", "correction", "scaffold"),
+        ("scaffold(server_lr=0.5)", "optimizer", "sgd(lr=0.5)"),
+        ("fedadam(server_lr=0.1, tau=0.01)", "optimizer", "adam(lr=0.1, tau=0.01)"),
+        ("fedyogi(beta2=0.9)", "optimizer", "yogi(beta2=0.9)"),
+        ("fedadagrad", "optimizer", "adagrad"),
+        (
+            "ffa_lora(r=4, init='orthonormal')",
+            "adapter",
+            "lora(r=4, train='B', init='orthonormal')",
+        ),
+    ],
+)
+def test_knobs_arrive(preset: str, line: str, spec: str) -> None:
+    assert describe(getattr(_plan(preset), line)).startswith(spec)
+
+
+def test_a_wrong_preset_is_named() -> None:
+    with pytest.raises(PlanError, match=r"preset: there is no presets method 'fedavgg'.*'fedavg"):
+        _plan("fedavgg")
+    with pytest.raises(PlanError, match=r"preset: fedprox: mu=-1 must be at least 0"):
+        _plan("fedprox(mu=-1)")
+
+
+SMALL = {
+    "fedit": "fedit(r=2, targets='attention', epochs=1, batch=8, accumulate=2)",
+    "ffa_lora": "ffa_lora(r=2)",
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_run(bert: Path, name: str) -> None:
+    preset = build("presets", SMALL.get(name, name))
+    lines: dict[str, Any] = {"adapter": "lora(r=2)", **preset.lines()}
+    result = simulate(support_plan(bert, partition="iid", **lines))
+    losses = [line["loss"] for line in result.history]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    assert not any("refused" in line for line in result.history)

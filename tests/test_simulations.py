@@ -1,0 +1,69 @@
+"""Every plan, grid and benchmark in ``simulations/``: checked fast, run in the slow tier."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedpeft import Plan, simulate
+from fedpeft.grid import read_grid
+from fedpeft.preview import preview
+
+ROOT = Path(__file__).parents[1]
+PLANS = sorted(p for p in (ROOT / "simulations").glob("*.yaml") if p.name != "grid.yaml")
+BENCHMARKS = sorted(p.stem for p in (ROOT / "simulations" / "benchmarks").glob("[!_]*.py"))
+SMALL: dict[str, dict[str, object]] = {
+    "ag_news": {"cohort": "uniform(size=2)", "rounds": 1, "evaluate": "clients"},
+    "newsgroups20": {"cohort": "uniform(size=2)", "rounds": 1, "eval_every": 1},
+    "dolly": {"trainer": "plain(lr=1e-3, steps=1, batch=2)", "rounds": 1},
+    "shakespeare": {"cohort": "uniform(size=2)", "rounds": 1},
+    "sst2": {"trainer": "plain(lr=1e-3, steps=1, batch=2)", "rounds": 1, "compare": "none"},
+    "quickstart": {"rounds": 1, "evaluate": "clients"},
+}
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
+def test_plans_pass_the_preflight(path: Path, shared: Callable[[str], Path]) -> None:
+    shared("cls/sst2.dev.jsonl.gz")
+    found = preview(Plan.from_yaml(path))
+    assert found["parameters"]["trained"] > 10_000
+    assert found["bytes"]["exact"]
+    assert found["warnings"] == []
+
+
+def test_the_grid_is_eight_plans() -> None:
+    cells = read_grid(ROOT / "simulations" / "grid.yaml")
+    assert len(cells) == 8
+    assert not [cell.problem for cell in cells if cell.plan is None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
+def test_plans_run(path: Path, tmp_path: Path, shared: Callable[[str], Path]) -> None:
+    shared("cls/sst2.dev.jsonl.gz")
+    plan = Plan.from_yaml(path, SMALL[path.stem])
+    result = simulate(plan, out=tmp_path / "run")
+    assert len(result.history) == plan.rounds
+    assert "refused" not in result.history[0]
+    assert all(k in result.table["last"] for k in ("clients/loss",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmarks_report(name: str) -> None:
+    command = [sys.executable, "-m", f"simulations.benchmarks.{name}", "--json", "--quick"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert found["benchmark"] == name
+    assert found["machine"]["cores"] >= 1
+    assert len(found["rows"]) >= 2
