@@ -128,7 +128,8 @@ def simulate(
             return drive(plan, site, Inline(site, InProcess()), None, watch or Quiet())
     inputs = input_digests(plan, federation)
     with RunFolder(Path(out), plan, inputs, resume=resume) as folder:
-        if folder.finished:
+        asked = plan.comparisons if federation.splits.test is not None else ()
+        if folder.finished and set(asked) <= set(folder.compared()):
             return _finished(plan, folder)
         with contextlib.closing(Site(plan, federation, device)) as site:
             return drive(plan, site, Inline(site, folder.memories), folder, watch or Quiet())
@@ -141,14 +142,8 @@ def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watc
     at = found or Checkpoint(start(plan, site.tables, site.initial))
     run.history = list(folder.history()) if folder else []
     watch.begin(plan, at.state.round)
-    board = _board(folder, at.state.round)
-    while at.state.round < plan.rounds and not _exhausted(plan, at):
-        at = _one_round(run, at)
-        if folder:
-            folder.save(at)
-        run.history.append(at.line)
-        board(at.line)
-        watch.round(at.line)
+    with contextlib.closing(_Board(folder, at.state.round)) as board:
+        at = _rounds(run, at, board)
     shared = at.best_params if plan.keep_best and at.best_params else at.state.params
     tensors = {**site.initial, **shared}
     if folder:
@@ -159,6 +154,18 @@ def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watc
     if folder:
         folder.finish(table)
     return Result(plan, table, run.history, tensors, folder.path if folder else None)
+
+
+def _rounds(run: _Run, at: Checkpoint, board: _Board) -> Checkpoint:
+    plan, folder = run.plan, run.folder
+    while at.state.round < plan.rounds and not _exhausted(plan, at):
+        at = _one_round(run, at)
+        if folder:
+            folder.save(at)
+        run.history.append(at.line)
+        board.write(at.line)
+        run.watch.round(at.line)
+    return at
 
 
 def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
@@ -264,17 +271,26 @@ def _finished(plan: Plan, folder: RunFolder) -> Result:
     return Result(plan, table, folder.history(), tensors, folder.path)
 
 
-def _board(folder: RunFolder | None, round: int) -> Callable[[Line], None]:
-    if folder is None:
-        return lambda line: None
-    from torch.utils.tensorboard import SummaryWriter
+class _Board:
+    """TensorBoard events of a run folder; nothing without one."""
 
-    writer = SummaryWriter(str(folder.path), purge_step=round)
+    def __init__(self, folder: RunFolder | None, round: int) -> None:
+        self._writer = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def write(line: Line) -> None:
+            self._writer = SummaryWriter(str(folder.path), purge_step=round)
+
+    def write(self, line: Line) -> None:
+        """Add the numbers of a round."""
+        if self._writer is None:
+            return
         for name, value in line.items():
             if isinstance(value, int | float) and name != "round" and math.isfinite(value):
-                writer.add_scalar(name, value, line["round"])
-        writer.flush()
+                self._writer.add_scalar(name, value, line["round"])
+        self._writer.flush()
 
-    return write
+    def close(self) -> None:
+        """End the writer's thread."""
+        if self._writer is not None:
+            self._writer.close()

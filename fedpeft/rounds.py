@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedpeft.errors import WireError
+from fedpeft.errors import PlanError, WireError
 from fedpeft.memory import NEVER, Memory
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
 from fedpeft.tables import Tables, limit
-from fedpeft.tensors import is_finite, prefixed, select, shapes_of, subtract
+from fedpeft.tensors import is_finite, prefixed, select, shapes_of
 from fedpeft.types import (
     Example,
     Fit,
@@ -145,7 +146,7 @@ def client_round(
 
     roles, up = site.tables.roles(round), site.tables.up(round)
     trained = {k: v.squeeze(0).cpu().numpy() for k, v in fit.params.items()}
-    delta = subtract({k: trained[k] for k in up["adapter"]}, got.tensors)
+    delta = {k: _minus(trained[k], got.tensors[k]) for k in up["adapter"]}
     sent = plan.uplink.encode(delta, derive(plan.seed, round, client, "uplink"))
     arrived = plan.uplink.decode(sent, up["adapter"]) if plan.correction.remembers else delta
     local = Local(got.tensors, arrived, got.extras, got.kept, fit.lr_sums[0])
@@ -221,17 +222,19 @@ def _train(plan: Plan, site: Client, client: str, got: Received) -> Fit:
     ) -> dict[str, torch.Tensor]:
         return plan.correction.adjust(grads, params, constants)
 
-    return plan.trainer.fit(
-        Job(
-            learner=site.learner,
-            params={k: v for k, v in stacked.items() if k in roles.train},
-            fixed={k: v for k, v in stacked.items() if k not in roles.train},
-            examples=[site.train(client)],
-            seeds=[derive_seed(plan.seed, got.round, client, "train")],
-            adjust=adjust,
-            progress=(got.round / plan.rounds, (got.round + 1) / plan.rounds),
-        )
+    job = Job(
+        learner=site.learner,
+        params={k: v for k, v in stacked.items() if k in roles.train},
+        fixed={k: v for k, v in stacked.items() if k not in roles.train},
+        examples=[site.train(client)],
+        seeds=[derive_seed(plan.seed, got.round, client, "train")],
+        adjust=adjust,
+        progress=(got.round / plan.rounds, (got.round + 1) / plan.rounds),
     )
+    fit = plan.trainer.fit(job)
+    if any(value._version for value in job.params.values()):
+        raise PlanError("trainer: changed the parameters it was given in place; it must copy them")
+    return fit
 
 
 def _receive(
@@ -283,6 +286,12 @@ def _metrics(used: Sequence[Update]) -> Metrics:
         return {}
     loss = sum(u.metrics["loss"] * u.metrics["seen"] for u in used) / seen
     return {"loss": loss, "seen": int(seen)}
+
+
+def _minus(trained: NDArray[np.float32], received: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Subtract into the trained array, unless the trainer gave back what it was given."""
+    own = not np.may_share_memory(trained, received)
+    return np.subtract(trained, received, out=trained if own else None)
 
 
 def _plain(loss: float) -> float:

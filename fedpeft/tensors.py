@@ -15,11 +15,6 @@ def shapes_of(tensors: Tensors) -> Shapes:
     return {name: tuple(value.shape) for name, value in tensors.items()}
 
 
-def subtract(a: Tensors, b: Tensors) -> Tensors:
-    """``a - b`` over the names of ``a``."""
-    return {name: value - b[name] for name, value in a.items()}
-
-
 def zeros_like(a: Tensors) -> Tensors:
     """Zeros with the names, shapes and dtypes of ``a``."""
     return {name: np.zeros_like(value) for name, value in a.items()}

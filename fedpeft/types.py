@@ -127,7 +127,8 @@ class Batch:
 class Job:
     """All that a trainer may look at: K clients' parameters, data and randomness.
 
-    ``params`` train and start as received, ``fixed`` do not train; both [K, ...]. ``adjust`` maps
+    ``params`` train and start as received, ``fixed`` do not train; both [K, ...] and only to be
+    read: what they start from may be shared by all clients of the process. ``adjust`` maps
     gradients and current parameters to corrected gradients. ``examples`` and ``seeds`` have one
     entry per client. ``progress`` is where in the whole run this job starts and ends, in [0, 1];
     ``on_step`` is told the number of records of each step.

@@ -19,6 +19,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,7 +30,8 @@ from fedpeft.types import Packet, Scalar, Shapes, Tensors
 
 _MAGIC = b"FPW1"
 _PREAMBLE = struct.Struct("<4sIQQQ")
-_DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
+_KINDS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
+_DTYPES = {kind: np.dtype(f"<{kind}") for kind in _KINDS}
 _MAX_HEAD = 1 << 20
 _MAX_HEADER_ITEMS = 256
 _MAX_RANK = 8
@@ -131,7 +133,7 @@ def unpack(message: Message | bytes, expected: Mapping[str, Shapes], limit: int)
         (s, _entries(s, table, kinds, index, expected, limit))
         for s, table, kinds, index in sections
     ]
-    total = sum(_bytes(entry) for _, entries in layout for entry in entries)
+    total = sum(length for _, entries in layout for *_, length in entries)
     if total != found:
         raise WireError(f"arrays of {total} bytes in a body of {found}")
     return Packet(_views(layout, parts), header)
@@ -139,15 +141,17 @@ def unpack(message: Message | bytes, expected: Mapping[str, Shapes], limit: int)
 
 def table_id(shapes: Shapes) -> str:
     """Return the id of a list of names and shapes."""
-    text = json.dumps([[name, *shape] for name, shape in shapes.items()], separators=(",", ":"))
+    return _table_id(tuple(shapes.items()))
+
+
+@lru_cache(maxsize=64)
+def _table_id(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
+    text = json.dumps([[name, *shape] for name, shape in shapes], separators=(",", ":"))
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-_Entry: TypeAlias = tuple[str, tuple[int, ...], "np.dtype[Any]"]
-
-
-def _bytes(entry: _Entry) -> int:
-    return math.prod(entry[1]) * entry[2].itemsize
+_Entry: TypeAlias = tuple[str, tuple[int, ...], "np.dtype[Any]", int]
+"""Name, shape, dtype and bytes of an array."""
 
 
 def _length(pieces: Sequence[memoryview]) -> int:
@@ -240,10 +244,10 @@ def _entries(
     kinds = [kinds] * len(names_shapes) if isinstance(kinds, str) else kinds
     if not isinstance(kinds, list) or len(kinds) != len(names_shapes):
         raise WireError(f"section {section!r} declares another number of dtypes than arrays")
-    if any(kind not in _DTYPES for kind in kinds):
+    if any(not isinstance(kind, str) or kind not in _DTYPES for kind in kinds):
         raise WireError(f"section {section!r} declares an unknown dtype")
     return [
-        (name, shape, np.dtype(f"<{kind}"))
+        (name, shape, _DTYPES[kind], math.prod(shape) * _DTYPES[kind].itemsize)
         for (name, shape), kind in zip(names_shapes, kinds, strict=True)
     ]
 
@@ -270,7 +274,7 @@ def _index(section: str, index: Any, limit: int) -> list[tuple[str, tuple[int, .
 def _views(
     layout: Sequence[tuple[str, Sequence[_Entry]]], parts: Sequence[memoryview]
 ) -> dict[str, Tensors]:
-    sizes = [n for _, entries in layout for entry in entries if (n := _bytes(entry))]
+    sizes = [length for _, entries in layout for *_, length in entries if length]
     if [part.nbytes for part in parts] != sizes:  # one piece, as it came from a network
         whole = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
         ends = list(itertools.accumulate(sizes))
@@ -283,7 +287,7 @@ def _views(
 
 
 def _view(entry: _Entry, pieces: Iterator[memoryview]) -> np.ndarray:
-    _, shape, kind = entry
-    array = np.frombuffer(next(pieces), kind) if _bytes(entry) else np.empty(0, kind)
+    _, shape, kind, length = entry
+    array = np.frombuffer(next(pieces), kind) if length else np.empty(0, kind)
     array.flags.writeable = False
     return array.reshape(shape)

@@ -93,6 +93,7 @@ def _peft(base: Base, folder: Path, trainable: bool = False) -> Any:
 
 EXPORTED = [
     *((kind, CLASSIFY) for kind in ("bert", "bert-mlm", "distilbert", "roberta", "gpt2", "llama")),
+    *((kind, CLASSIFY) for kind in ("albert", "electra", "mpnet")),
     *((kind, LANGUAGE) for kind in ("llama", "llama-tied", "gpt2", "qwen2")),
 ]
 VARIANTS = [
@@ -105,7 +106,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("spec", VARIANTS)
-@pytest.mark.parametrize(("kind", "head"), EXPORTED)
+@pytest.mark.parametrize(("kind", "head"), [*EXPORTED, ("deberta-v2", CLASSIFY)])
 def test_peft_loads_the_folder_and_computes_the_same(
     bases: Bases, kind: str, head: str, spec: str, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ FAMILIES = sorted({family for family, _ in PARTS.values()} | {"presets"})
 HEAVY = {"torch", "transformers", "peft", "datasets", "flwr", "opacus", "ray", "tensorboard"}
 LIGHT = [
     *("types", "errors", "spec", "fields", "plan", "federation", "tensors", "rng", "wire"),
-    *("memory", "rounds", "durable", "preview"),
+    *("memory", "tables", "rounds", "durable", "preview"),
 ]
 """Modules, beside those of the families, that whoever only reads plans and packets needs."""
 

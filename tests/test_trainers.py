@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from hypothesis import strategies as st
 
 from fedpeft.data._batching import stream
 from fedpeft.errors import SpecError
+from fedpeft.learner import ModelLearner
 from fedpeft.rng import derive
 from fedpeft.spec import build
 from fedpeft.trainers.plain import Plain
 from fedpeft.types import Example, Fit, Job, Stacked
+from tests.architectures import fresh_base
 from tests.quadratic import F64, Quadratic, record
+from tests.tiny import LABELS, support_rows
 
 ROWS, WIDTH = 40, 3
 
@@ -331,62 +335,45 @@ def test_clients_together_do_what_each_does_alone(
 # --- on a model ---------------------------------------------------------------------------------
 
 
-def _plain_peft(
-    bert: Path, train: Callable[[Any, Any], None]
-) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return fedpeft's site and the tensors of a PEFT model trained by ``train``."""
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # inside PEFT
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_on_a_model_it_is_what_peft_and_torch_do(
+    bert: Path, tmp_path: Path, optimizer: str
+) -> None:
     from peft import PeftModel
 
-    from fedpeft.federation import deal
-    from fedpeft.site import Site
-    from tests.tiny import support_plan
-
-    plan = support_plan(bert, adapter="lora(r=3, alpha=6)", holdout=0.0)
-    site = Site(plan, deal(plan))
-    folder = bert.parent / "start"
-    plan.adapter.export(site.base, site.initial, folder)
-    model = PeftModel.from_pretrained(
-        _fresh(bert, len(site.federation.classes)), str(folder), is_trainable=True
+    rows = support_rows()[0][:12]
+    base = fresh_base(bert, "sequence-classification", LABELS)
+    task, adapter = build("tasks", "classify"), build("adapters", "lora(r=3, alpha=6)")
+    examples = task.encode(rows, base.tokenizer, base.outline.limit, LABELS)
+    start = adapter.initial(base, adapter.shapes(base.outline), 0)
+    adapter.export(base, start, tmp_path)
+    model: Any = PeftModel.from_pretrained(
+        copy.deepcopy(base.model), str(tmp_path), is_trainable=True, autocast_adapter_dtype=False
     )
-    model.eval()  # no dropout, as in fedpeft
-    train(model, site)
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    found = {}
-    for name, value in named.items():
-        short = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-        found[short.replace(".default", "")] = value.detach()
-    return site, found
+    model.double().eval()
+    learner = ModelLearner(base, adapter.attach(base), task)
 
+    trainer = build("trainers", f"plain({optimizer=}, lr=1e-2, epochs=2, batch=4)")
+    stacked = {k: torch.from_numpy(v).double()[None] for k, v in start.items()}
+    fit = _fit(trainer, learner, [examples], stacked, seeds=[11])
+    learner.attached.detach()
 
-def _fresh(bert: Path, classes: int) -> Any:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    return transformers.AutoModelForSequenceClassification.from_pretrained(bert, num_labels=classes)
-
-
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # inside PEFT
-def test_adamw_on_a_model_is_what_peft_and_torch_do(bert: Path) -> None:
-    trainer = build("trainers", "plain(lr=1e-2, epochs=1, batch=4, weight_decay=0.01)")
-
-    def train(model: Any, site: Any) -> None:
-        examples = site.train("client-000")
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01)
-        lengths = [len(e["input_ids"]) for e in examples]
-        steps = trainer.budget(len(examples))[0]
-        for rows in stream(lengths, 4, derive(11, "order"), steps):
-            batch = site.learner.collate([examples[i] for i in rows], [1.0] * len(rows))
-            loss = torch.nn.functional.cross_entropy(model(**batch.inputs).logits, batch.labels)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-    site, expected = _plain_peft(bert, train)
-    stacked = {k: torch.from_numpy(v)[None] for k, v in site.initial.items()}
-    fit = _fit(trainer, site.learner, [site.train("client-000")], stacked, seeds=[11])
-    site.close()
-    assert set(fit.params) == set(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(fit.params[name][0], value, rtol=1e-3, atol=2e-4)
-        assert not torch.equal(value, stacked[name][0])
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    kind: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
+    torchs = kind(trained.values(), lr=1e-2, weight_decay=0.0)
+    lengths, losses = [len(e["input_ids"]) for e in examples], []
+    for chosen in stream(lengths, 4, derive(11, "order"), 6):
+        batch = learner.collate([examples[i] for i in chosen], [1.0] * 4)
+        loss = torch.nn.functional.cross_entropy(model(**batch.inputs).logits, batch.labels)
+        torchs.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torchs.step()
+        losses.append(loss.item())
+    assert len(trained) == len(fit.params)
+    for name, value in trained.items():
+        short = name.removeprefix("base_model.model.").replace(".modules_to_save", "")
+        ours = fit.params[short.replace(".default", "")][0]
+        torch.testing.assert_close(ours, value.detach(), rtol=1e-7, atol=1e-9)
+    assert fit.losses == pytest.approx([np.mean(losses)])
+    assert not torch.equal(fit.params["classifier.weight"], stacked["classifier.weight"])

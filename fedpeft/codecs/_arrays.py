@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from fedpeft.errors import WireError
 from fedpeft.types import Shapes, Tensors
 
@@ -11,11 +13,12 @@ from fedpeft.types import Shapes, Tensors
 def check(arrays: Tensors, shapes: Shapes, dtypes: Sequence[str]) -> None:
     """Raise ``WireError`` unless names and ``shapes`` agree and every dtype is of ``dtypes``."""
     _check_names(arrays, shapes)
+    kinds = {np.dtype(name) for name in dtypes}
     for name, shape in shapes.items():
         value = arrays[name]
         if value.shape != shape:
             raise WireError(f"array {name!r} is {value.shape}, the plan expects {shape}")
-        if value.dtype.name not in dtypes:
+        if value.dtype not in kinds:
             allowed = " or ".join(dtypes)
             raise WireError(f"array {name!r} is {value.dtype.name}, the codec sends {allowed}")
 

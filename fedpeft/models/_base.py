@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from fedpeft.errors import ModelError
 from fedpeft.models._locate import Location, locate, unreachable
 from fedpeft.models._outline import HEADS, Outline, input_limit, is_head, read_config
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +54,31 @@ class Base:
         self.tokenizer.save_pretrained(folder)
 
 
-@lru_cache(maxsize=4)
+class PerVersion(Generic[_T]):
+    """Cache a loader's results by its arguments and the version of the model's files.
+
+    A path means another model once the working directory or the files have changed.
+    """
+
+    def __init__(self, load: Callable[..., _T], size: int) -> None:
+        self.__wrapped__ = load
+        self._cached = lru_cache(maxsize=size)(lambda version, *given: load(*given))
+
+    def __call__(self, model: str, *given: Any) -> _T:
+        """Load, unless it was loaded before."""
+        return self._cached(_version(locate(model)), model, *given)
+
+    def cache_clear(self) -> None:
+        """Forget everything."""
+        self._cached.cache_clear()
+
+
+def per_version(size: int) -> Callable[[Callable[..., _T]], PerVersion[_T]]:
+    """Return the decorator for a cache of ``size`` results."""
+    return lambda load: PerVersion(load, size)
+
+
+@per_version(4)
 def load_tokenizer(model: str) -> Any:
     """Load the tokenizer of ``model``; one without a padding token pads with its end token."""
     from transformers import AutoTokenizer
@@ -67,7 +95,7 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-@lru_cache(maxsize=2)
+@per_version(2)
 def load_base(model: str, head: str, classes: tuple[str, ...], device: str) -> Base:
     """Load ``model`` in float32 for ``head``, frozen and without dropout.
 
@@ -94,7 +122,7 @@ def load_base(model: str, head: str, classes: tuple[str, ...], device: str) -> B
             ignore_mismatched_sizes=True,
             **labels,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _cannot_load(location, "model", error) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -119,7 +147,7 @@ def load_base(model: str, head: str, classes: tuple[str, ...], device: str) -> B
     )
 
 
-@lru_cache(maxsize=16)
+@per_version(16)
 def fingerprint(model: str) -> str:
     """Return a digest of the model's files, or the hub's revision."""
     location = locate(model)
@@ -129,13 +157,25 @@ def fingerprint(model: str) -> str:
         cached = try_to_load_from_cache(location.source, "config.json")
         return Path(cached).parent.name if isinstance(cached, str) else location.source
     digest = xxhash.xxh3_128()
-    for path in sorted(location.folder.glob("*")):
-        if path.suffix in (".safetensors", ".json"):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
+    for path in _files(location.folder):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
     return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return what the model and its tokenizer are read from."""
+    kinds = (".safetensors", ".json", ".txt", ".model", ".jinja")
+    return [path for path in sorted(folder.glob("*")) if path.suffix in kinds]
+
+
+def _version(location: Location) -> tuple[Any, ...]:
+    """Return what changes when a local model's files do."""
+    files = _files(location.folder) if location.folder else []
+    stats = [(path.name, path.stat()) for path in files]
+    return location.source, *((n, s.st_mtime_ns, s.st_size) for n, s in stats)
 
 
 def _outline(location: Location, model: Any, head: str, missing: frozenset[str]) -> Outline:
@@ -177,5 +217,14 @@ def _cannot_load(location: Location, what: str, error: Exception) -> ModelError:
 
 
 def to_torch(tensors: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
-    """Copy arrays to torch, adding the client dimension: [...] becomes [1, ...]."""
-    return {k: torch.from_numpy(np.array(v)).to(device).unsqueeze(0) for k, v in tensors.items()}
+    """View arrays as torch tensors with a client dimension: [...] becomes [1, ...].
+
+    On a CPU they share the arrays' memory, so they must not be written to.
+    """
+    found = {k: torch.from_numpy(v[None]) for k, v in tensors.items()}
+    return found if device.type == "cpu" else {k: v.to(device) for k, v in found.items()}
+
+
+with warnings.catch_warnings():  # torch tells once per process that these are not for writing
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(bytes(4), np.float32))

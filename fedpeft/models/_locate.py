@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from fedpeft.errors import ModelError
@@ -21,7 +20,6 @@ class Location:
     folder: Path | None
 
 
-@lru_cache(maxsize=64)
 def locate(model: str) -> Location:
     """Find ``model`` without loading it. Raises ``ModelError`` naming every place looked."""
     name = model.replace("-", "_")
