@@ -22,10 +22,12 @@ def check_fields(part: Any) -> None:
     for f in fields(part):
         value = getattr(part, f.name)
         hint = hints.get(f.name, Any)
-        if not _accepts(hint, value):
-            raise SpecError(f"{label}: {f.name}={value!r} must be {_spell(hint)}")
-        if f.metadata and isinstance(value, int | float):
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if f.metadata and (endless or (isinstance(value, int | float) and _accepts(hint, value))):
             _check_range(label, f.name, value, f.metadata)
+        if not _accepts(hint, value):
+            allowed = _spell(hint).replace("a number", "a finite number" if endless else "a number")
+            raise SpecError(f"{label}: {f.name}={value!r} must be {allowed}")
         if isinstance(value, int) and not _accepts_exactly(hint, value):
             object.__setattr__(part, f.name, float(value))
 

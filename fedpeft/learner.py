@@ -38,7 +38,8 @@ class ModelLearner:
         leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
         logits = self.attached({**fixed, **leaves}, batch.inputs, generators)
         losses = self.task.losses(logits, batch.labels)
-        found = torch.autograd.grad((losses * batch.weights).sum(), list(leaves.values()))
+        total = (losses * batch.weights).sum()
+        found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
         return dict(zip(leaves, found, strict=True)), losses.detach()
 
     def collate(self, records: Sequence[Example], weights: Sequence[float]) -> Batch:

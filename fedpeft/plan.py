@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fedpeft.defaults import DEFAULTS
 from fedpeft.errors import FedPeftError, PlanError
 from fedpeft.spec import build, describe, nearest
 from fedpeft.types import (
@@ -29,21 +30,21 @@ from fedpeft.types import (
     Weighting,
 )
 
-PARTS: Mapping[str, tuple[str, str | None]] = {
-    "task": ("tasks", None),
-    "data": ("data", None),
-    "partition": ("partitions", "iid"),
-    "adapter": ("adapters", "lora"),
-    "trainer": ("trainers", "plain"),
-    "correction": ("corrections", "none"),
-    "uplink": ("codecs", "raw"),
-    "downlink": ("codecs", "raw"),
-    "cohort": ("cohorts", "everyone"),
-    "weighting": ("weighting", "examples"),
-    "aggregator": ("aggregators", "mean"),
-    "optimizer": ("optimizers", "sgd"),
+PARTS: Mapping[str, str] = {
+    "task": "tasks",
+    "data": "data",
+    "partition": "partitions",
+    "adapter": "adapters",
+    "trainer": "trainers",
+    "correction": "corrections",
+    "uplink": "codecs",
+    "downlink": "codecs",
+    "cohort": "cohorts",
+    "weighting": "weighting",
+    "aggregator": "aggregators",
+    "optimizer": "optimizers",
 }
-"""Plan line to its family and its default; a new family of methods is one more row."""
+"""Plan line to its family of methods; a new family is one more row."""
 
 COMPARISONS = ("base", "alone", "central")
 EVALUATIONS = ("test", "clients")
@@ -104,8 +105,8 @@ class Plan:
         known = [*PARTS, *_SCALARS, "preset"]
         problems = [f"unknown line {k!r}{nearest(k, known)}" for k in lines if k not in known]
         chosen: dict[str, Any] = {}
-        for line, (family, default) in PARTS.items():
-            spec = lines.get(line, default)
+        for line, family in PARTS.items():
+            spec = lines.get(line, DEFAULTS.get(line))
             if spec is None:
                 problems.append(f"the plan has no line {line!r}")
                 continue

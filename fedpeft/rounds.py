@@ -193,10 +193,10 @@ def server_round(
                     raise WireError(str(reply))
                 up_bytes += len(reply) if isinstance(reply, bytes) else reply.nbytes
                 update = _receive(plan, tables, state, run, client, reply, weights)
+                control = _corrected(plan, control, state.control, update, len(population))
             except WireError as error:
-                refused[client] = str(error)
+                refused[client] = str(error)[:_MOST_WORDS]
                 continue
-            control = plan.correction.server_update(control, state.control, update, len(population))
             used.append(replace(update, delta={}, extras={}))
             yield update
 
@@ -254,6 +254,8 @@ def _receive(
     numbers = {k: told.get(k) for k in ("steps", "lr_sum", "seen", "loss")}
     if not all(isinstance(v, int | float) and v >= 0 for v in numbers.values()):
         raise WireError(f"reply lacks a number among {', '.join(numbers)}")
+    if not all(numbers[k] for k in ("steps", "lr_sum", "seen")):
+        raise WireError("reply says that the client did not train")
     if too := [k for k in ("steps", "seen") if float(told[k]) > _MOST]:
         raise WireError(f"reply reports {told[too[0]]} {too[0]}")
     if client not in weights.of:

@@ -14,13 +14,43 @@ import importlib.util
 import pkgutil
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
 from fedpeft.errors import SpecError
 from fedpeft.fields import check_fields
+from fedpeft.types import (
+    Adapter,
+    Aggregator,
+    Codec,
+    Cohort,
+    Correction,
+    Partition,
+    Preset,
+    ServerOptimizer,
+    Source,
+    Task,
+    Trainer,
+    Weighting,
+)
+
+PROTOCOLS: Mapping[str, Any] = {
+    "adapters": Adapter,
+    "aggregators": Aggregator,
+    "codecs": Codec,
+    "cohorts": Cohort,
+    "corrections": Correction,
+    "data": Source,
+    "optimizers": ServerOptimizer,
+    "partitions": Partition,
+    "presets": Preset,
+    "tasks": Task,
+    "trainers": Trainer,
+    "weighting": Weighting,
+}
+"""Family to what its methods must be."""
 
 _T = TypeVar("_T")
 _PIECES = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[()\[\]{}|]""", re.DOTALL)
@@ -156,6 +186,9 @@ def _make(family: str, outside: str, node: ast.expr) -> Any:
         raise SpecError(f"{name} needs {', '.join(missing)}")
     part = cls(**given)
     check_fields(part)
+    protocol = PROTOCOLS[family]
+    if lacks := [k for k in vars(protocol) if k[0] != "_" and not hasattr(part, k)]:
+        raise SpecError(f"{name} is no {protocol.__name__}: it has no {', '.join(lacks)}")
     return part
 
 

@@ -58,7 +58,7 @@ LISTED: Mapping[str, list[str]] = {
 def _options() -> dict[str, list[str]]:
     """Return the values of every line; a method that is not listed comes with its defaults."""
     found = {}
-    for line, (family, _) in PARTS.items():
+    for line, family in PARTS.items():
         if line == "data":
             continue
         listed = list(LISTED.get(line, []))
@@ -182,7 +182,7 @@ def _problem(chosen: Mapping[str, str], lines: Mapping[str, Any]) -> str:
 
 
 def test_every_method_takes_part() -> None:
-    for line, (family, _) in PARTS.items():
+    for line, family in PARTS.items():
         if line != "data":
             used = {v.partition("(")[0].strip() for v in OPTIONS[line] if "|" not in v}
             assert used == set(names(family)) - {"chain"}

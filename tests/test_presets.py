@@ -38,7 +38,7 @@ def test_lines_are_specs_of_a_plan(name: str) -> None:
     assert set(lines) <= set(PARTS)
     plan = _plan(name)
     for line, spec in lines.items():
-        family = PARTS[line][0]
+        family = PARTS[line]
         assert describe(getattr(plan, line)) == describe(build(family, spec))
     # nothing that makes the method is left to defaults that may change
     assert {"aggregator", "weighting", "optimizer", "correction"} <= set(lines)
