@@ -120,11 +120,11 @@ def evaluate(
     """Evaluate an adapter on the test rows of a data line; print the metrics as JSON."""
     from fedpeft.inference import load_exported, rows_of
 
-    rows = rows_of(data) if data else ()
+    rows = rows_of(data, given=True) if data else ()
     found = load_exported(folder, model=model, task=task, rows=rows)
     if not data and found.data is None:
         raise PlanError(f"{folder}: names no data; say --data")
-    rows = rows or rows_of(str(found.data))
+    rows = rows or rows_of(str(found.data), given=False)
     typer.echo(json.dumps({"records": len(rows), **found.evaluate(rows)}, indent=1))
 
 
@@ -138,18 +138,16 @@ def predict(
     """Classify or continue texts; print one JSON line each."""
     from fedpeft.inference import load_exported, rows_of
 
-    if not texts and data is None:
-        raise PlanError("predict: give texts, or --data with a data line")
+    if bool(texts) == bool(data):
+        raise PlanError("predict: give either texts, or --data with a data line")
     found = load_exported(folder)
     if found.classes:
         column = getattr(found.task, "text", "text")
-        rows = [{column: text} for text in texts] if texts else rows_of(str(data))
+        rows = [{column: text} for text in texts] if texts else rows_of(str(data), given=True)
         for answer in found.classify(rows):
             typer.echo(json.dumps(answer, ensure_ascii=False))
         return
-    prompts = list(texts or [])
-    if not prompts:
-        prompts = [str(row.get("prompt", row.get("text", ""))) for row in rows_of(str(data))]
+    prompts = list(texts or []) or found.prompts(rows_of(str(data), given=True))
     for prompt, text in zip(prompts, found.generate(prompts, tokens), strict=True):
         typer.echo(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
 
@@ -238,5 +236,7 @@ def _prepare(device: str, threads: int | None) -> None:
         chosen = torch.device(device)
     except RuntimeError:
         raise PlanError(f"--device {device}: write cpu, cuda or cuda:N") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type not in ("cpu", "cuda"):
+        raise PlanError(f"--device {device}: write cpu, cuda or cuda:N")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise PlanError(f"--device {device}: torch sees no CUDA device here; use --device cpu")

@@ -15,7 +15,7 @@ from fedpeft.baselines import compare
 from fedpeft.checkpoint import Checkpoint
 from fedpeft.engine.base import Engine
 from fedpeft.errors import RunError
-from fedpeft.evaluation import evaluated_clients, summarise
+from fedpeft.evaluation import evaluated_clients, scored, summarise
 from fedpeft.export import write_adapter
 from fedpeft.federation import Federation, deal
 from fedpeft.models._base import fingerprint
@@ -24,7 +24,7 @@ from fedpeft.preflight import check
 from fedpeft.rng import derive
 from fedpeft.rounds import Report, ServerState, broadcast, header, server_round, start
 from fedpeft.run_folder import RunFolder
-from fedpeft.site import Site
+from fedpeft.site import Site, encode
 from fedpeft.types import Metrics, Tensors
 from fedpeft.wire import Message
 
@@ -33,6 +33,10 @@ Line = Mapping[str, Any]
 
 class Watch(Protocol):
     """Who is told how a run goes: the command line's progress bar, or nobody."""
+
+    def warn(self, text: str) -> None:
+        """The plan runs, but perhaps not as it was meant."""
+        ...
 
     def begin(self, plan: Plan, round: int) -> None:
         """A run begins, or goes on at ``round``."""
@@ -53,6 +57,9 @@ class Watch(Protocol):
 
 class Quiet:
     """Tells nobody."""
+
+    def warn(self, text: str) -> None:
+        """Say nothing."""
 
     def begin(self, plan: Plan, round: int) -> None:
         """Say nothing."""
@@ -122,17 +129,21 @@ def simulate(
     from fedpeft.engine.inline import Inline
     from fedpeft.memory import InProcess
 
-    federation = check(plan).federation
+    checked, watch = check(plan), watch or Quiet()
+    federation = checked.federation
+    for text in checked.warnings:
+        watch.warn(text)
     if out is None:
         with contextlib.closing(Site(plan, federation, device)) as site:
-            return drive(plan, site, Inline(site, InProcess()), None, watch or Quiet())
+            return drive(plan, site, Inline(site, InProcess()), None, watch)
+    texts = encode(plan, federation)  # a text that cannot be used leaves no folder behind
     inputs = input_digests(plan, federation)
     with RunFolder(Path(out), plan, inputs, resume=resume) as folder:
         asked = plan.comparisons if federation.splits.test is not None else ()
         if folder.finished and set(asked) <= set(folder.compared()):
             return _finished(plan, folder)
-        with contextlib.closing(Site(plan, federation, device)) as site:
-            return drive(plan, site, Inline(site, folder.memories), folder, watch or Quiet())
+        with contextlib.closing(Site(plan, federation, device, texts)) as site:
+            return drive(plan, site, Inline(site, folder.memories), folder, watch)
 
 
 def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watch: Watch) -> Result:
@@ -147,7 +158,8 @@ def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watc
     shared = at.best_params if plan.keep_best and at.best_params else at.state.params
     tensors = {**site.initial, **shared}
     if folder:
-        write_adapter(folder.path / "adapter", plan, site, tensors, run.history)
+        line = scored(run.history, plan.keep_best, at.best)
+        write_adapter(folder.path / "adapter", plan, site, tensors, run.history, line)
     done = folder.compared() if folder else {}
     keep = folder.write_compared if folder else None
     table = _table(run, at, compare(plan, site, run.history, tensors, done, keep, watch.compare))
@@ -187,6 +199,9 @@ def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
     after, report = server_round(
         plan, run.site.tables, state, run.run, population, weights, answers
     )
+    if report.refused and not report.replied and report.up_bytes:
+        client, reason = next(iter(report.refused.items()))
+        raise RunError(f"round {state.round}: no reply could be used; {client}: {reason}")
     line = _line(state, cohort, report, sent["bytes"])
     line |= _evaluate(run, after)
     best, params = at.best, at.best_params
@@ -214,16 +229,34 @@ def _evaluate(run: _Run, state: ServerState) -> dict[str, Any]:
     line: dict[str, Any] = {}
     if "test" in plan.evaluations and (examples := site.test()):
         metrics = site.learner.evaluate({**site.initial, **state.params}, examples)
-        line |= {f"test/{k}": v for k, v in metrics.items()}
+        line |= {f"test/{k}": v for k, v in metrics.items() if math.isfinite(v)}
     if "clients" in plan.evaluations and plan.holdout:
-        body = broadcast(plan, site.tables, state)
-        names = evaluated_clients(plan, list(run.engine.population()))
-        messages = ((name, body.seal(header(state, run.run, name))) for name in names)
-        found = {k: m for k, m in run.engine.evaluate(messages) if not isinstance(m, Exception)}
-        found = {k: found[k] for k in sorted(found)}
-        line |= {f"clients/{k}": v for k, v in summarise(found).items()}
-        line["per_client"] = {client: dict(metrics) for client, metrics in found.items()}
+        line |= _evaluate_clients(run, state)
     return line
+
+
+def _evaluate_clients(run: _Run, state: ServerState) -> dict[str, Any]:
+    body, sent = broadcast(run.plan, run.site.tables, state), {"bytes": 0}
+
+    def requests() -> Iterator[tuple[str, Message]]:
+        for client in evaluated_clients(run.plan, list(run.engine.population())):
+            message = body.seal(header(state, run.run, client))
+            sent["bytes"] += message.nbytes
+            yield client, message
+
+    found, refused, names = dict[str, Metrics](), dict[str, str](), {*run.plan.task.measures}
+    for client, metrics in run.engine.evaluate(requests()):
+        if isinstance(metrics, Exception):
+            refused[client] = str(metrics)[:300]
+        elif {*metrics} != names or not all(map(math.isfinite, metrics.values())):
+            refused[client] = "its metrics are not the task's, or not finite"
+        else:
+            found[client] = metrics
+    found = {client: found[client] for client in sorted(found)}
+    line: dict[str, Any] = {f"clients/{k}": v for k, v in summarise(found).items()}
+    line["per_client"] = {client: dict(metrics) for client, metrics in found.items()}
+    line["eval_bytes"] = sent["bytes"]
+    return line | ({"not_evaluated": refused} if refused else {})
 
 
 def _in_order(
@@ -250,8 +283,7 @@ def _exhausted(plan: Plan, at: Checkpoint) -> bool:
 
 
 def _table(run: _Run, at: Checkpoint, rows: Mapping[str, Metrics]) -> dict[str, Any]:
-    evaluated = [line for line in run.history if any("/" in k for k in line)]
-    last = evaluated[-1] if evaluated else {}
+    last = scored(run.history, run.plan.keep_best, at.best)
     return {
         "rounds": at.state.round,
         "clients": len(run.engine.population()),
@@ -260,6 +292,7 @@ def _table(run: _Run, at: Checkpoint, rows: Mapping[str, Metrics]) -> dict[str, 
         "best_round": at.best.round if run.plan.keep_best else None,
         "up_bytes": sum(line["up_bytes"] for line in run.history),
         "down_bytes": sum(line["down_bytes"] for line in run.history),
+        "eval_bytes": sum(line.get("eval_bytes", 0) for line in run.history),
         "seconds": round(sum(line["seconds"] for line in run.history), 1),
     }
 

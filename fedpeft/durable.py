@@ -7,6 +7,7 @@ process with SIGKILL there; ``FAULTS`` names every such point.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -137,3 +138,32 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def acquire(folder: Path, what: str) -> int:
+    """Return the descriptor of a lock on ``folder``, to be closed by who holds it.
+
+    Raises ``RunError`` where another process holds it or there is no folder to write in.
+    """
+    try:
+        make_folder(folder)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"{folder}: no folder to write in ({reason})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise RunError(f"{folder}: another process is writing this {what}") from None
+    return lock
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold the lock on ``folder`` for a while."""
+    lock = acquire(folder, what)
+    try:
+        yield
+    finally:
+        os.close(lock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedpeft.memory import Memory
 from fedpeft.plan import Plan
@@ -35,6 +36,16 @@ def is_better(metric: str, value: float, than: float) -> bool:
     """Compare two values of a metric such as ``clients/loss_worst_decile``."""
     name = metric.rpartition("/")[2].removesuffix("_worst_decile")
     return value < than if name in _LOWER_IS_BETTER else value > than
+
+
+def scored(
+    history: Sequence[Mapping[str, Any]], keep_best: str | None, best: Best
+) -> Mapping[str, Any]:
+    """Return the ledger line with the metrics of what is exported; empty where there is none."""
+    lines = [line for line in history if any("/" in name for name in line)]
+    if keep_best is not None and best.round >= 0:
+        lines = [line for line in lines if line["round"] == best.round]
+    return lines[-1] if lines else {}
 
 
 def client_evaluation(

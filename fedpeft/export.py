@@ -22,7 +22,12 @@ PROVENANCE = "fedpeft.json"
 
 
 def write_adapter(
-    path: Path, plan: Plan, site: Site, tensors: Tensors, history: Sequence[Mapping[str, Any]]
+    path: Path,
+    plan: Plan,
+    site: Site,
+    tensors: Tensors,
+    history: Sequence[Mapping[str, Any]],
+    scored: Mapping[str, Any],
 ) -> None:
     """Write the adapter folder in the place of ``path``; a reader sees the old one or the new."""
     temporary = path.with_name(f".{path.name}.new")
@@ -32,13 +37,14 @@ def write_adapter(
     plan.adapter.export(site.base, solid, temporary)
     about = {"lines": plan.lines(), "classes": list(site.federation.classes)}
     (temporary / PROVENANCE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    card = model_card(plan, site, history)
+    card = model_card(plan, site, history, scored)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     replace_folder(path, temporary, "adapter")
 
 
 def read_tensors(folder: Path) -> Tensors:
     """Return the tensors of an exported folder, whatever its adapter."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     from fedpeft.adapters._peft_folder import PREFIX
@@ -46,7 +52,10 @@ def read_tensors(folder: Path) -> Tensors:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise ModelError(f"{folder}: no weights in it")
-    return {k.removeprefix(PREFIX): v for path in paths for k, v in load_file(path).items()}
+    try:
+        return {k.removeprefix(PREFIX): v for path in paths for k, v in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder}: its weights are damaged ({error})") from None
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -76,7 +85,7 @@ def merge(adapter: Path, out: Path) -> None:
     about = provenance(adapter)
     plan = Plan.from_lines(about["lines"])
     classes = tuple(about["classes"])
-    base = load_base(plan.model, plan.task.head, classes, "cpu")
+    base = load_base.__wrapped__(plan.model, plan.task.head, classes, "cpu")  # ours, to be edited
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=out.parent, prefix=".merge-") as temporary,
@@ -86,7 +95,6 @@ def merge(adapter: Path, out: Path) -> None:
         if (adapter / "adapter_config.json").is_file():
             model = PeftModel.from_pretrained(base.model, str(adapter)).merge_and_unload()
             model.save_pretrained(target)
-            load_base.cache_clear()  # the cached base was edited
         else:
             plan.adapter.export(base, read_tensors(adapter), target)
         base.tokenizer.save_pretrained(target)
@@ -103,12 +111,13 @@ def folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def model_card(plan: Plan, site: Site, history: Sequence[Mapping[str, Any]]) -> str:
+def model_card(
+    plan: Plan, site: Site, history: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]
+) -> str:
     """Return the model card: where the adapter comes from, and what it took."""
     up = sum(line["up_bytes"] for line in history)
     down = sum(line["down_bytes"] for line in history)
-    evaluated = [line for line in history if any("/" in k for k in line)]
-    scores = {k: v for k, v in (evaluated[-1] if evaluated else {}).items() if "/" in k}
+    scores = {k: v for k, v in scored.items() if "/" in k and v is not None}
     front = [
         "---",
         "library_name: peft",
@@ -122,13 +131,14 @@ def model_card(plan: Plan, site: Site, history: Sequence[Mapping[str, Any]]) -> 
         "Training records": sum(len(rows) for rows in site.federation.train.values()),
         "Bytes up": f"{up:,}",
         "Bytes down": f"{down:,}",
+        "Bytes for federated evaluation": f"{sum(line.get('eval_bytes', 0) for line in history):,}",
         "Data fingerprint": f"`{site.federation.splits.fingerprint[:32]}`",
         "Privacy": "none: updates were not noised",
     }
     text = ["# Federated adapter", "", "Trained with fedpeft; the plan is below.", ""]
     text += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items()), ""]
     if scores:
-        text += ["| metric after the last round | value |", "|---|---|"]
+        text += [f"| metric after round {scored['round'] + 1} | value |", "|---|---|"]
         text += [f"| {k} | {v:.4f} |" for k, v in scores.items()] + [""]
     lines = [f"{k}: {v}" for k, v in plan.lines().items()]
     return "\n".join([*front, *text, "```yaml", *lines, "```", ""])

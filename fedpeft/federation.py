@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedpeft.errors import DataError, FedPeftError, PlanError
 from fedpeft.plan import Plan
 from fedpeft.rng import derive
-from fedpeft.types import Population, Row, Splits
+from fedpeft.types import Population, Splits
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,6 @@ class Federation:
     def population(self) -> Population:
         """Every client with its number of training records."""
         return {client: len(rows) for client, rows in self.train.items()}
-
-    def rows(self, where: Sequence[int] | NDArray[np.int64]) -> list[Row]:
-        """Return these rows of the training split."""
-        return [self.splits.train[int(i)] for i in where]
 
 
 def deal(plan: Plan) -> Federation:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpeft.durable import replace_file
+from fedpeft.durable import locked, replace_file
 from fedpeft.errors import FedPeftError, PlanError
 from fedpeft.plan import Plan, read_lines
 from fedpeft.spec import nearest
@@ -80,11 +80,12 @@ def run_grid(
 ) -> list[Outcome]:
     """Run what is missing, telling each outcome; ``OUT/grid.csv`` is rewritten after every run."""
     outcomes: list[Outcome] = []
-    for i, cell in enumerate(cells):
-        outcome = _run_cell(cell, out, run, digest)
-        outcomes.append(outcome)
-        replace_file(out / "grid.csv", [as_csv(outcomes).encode()], "result")
-        tell(i, outcome)
+    with locked(out, "grid"):
+        for i, cell in enumerate(cells):
+            outcome = _run_cell(cell, out, run, digest)
+            outcomes.append(outcome)
+            replace_file(out / "grid.csv", [as_csv(outcomes).encode()], "result")
+            tell(i, outcome)
     return outcomes
 
 

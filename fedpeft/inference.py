@@ -47,10 +47,17 @@ class Exported:
                 found[i] = {"label": self.classes[c], "probability": round(p, 4)}
         return [found[i] for i in range(len(rows))]
 
+    def prompts(self, rows: Sequence[Row]) -> list[str]:
+        """Return what the rows ask of a language model. Raises ``DataError``."""
+        task: Any = self.task
+        return list(task.prompts(rows, self.tokenizer))
+
     def generate(self, prompts: Sequence[str], tokens: int) -> list[str]:
         """Return greedy continuations of at most ``tokens`` tokens."""
         texts = []
         for prompt in prompts:
+            if not prompt.strip():
+                raise DataError("the prompt is empty; give some text")
             inputs = self.tokenizer(prompt, return_tensors="pt")
             if inputs["input_ids"].shape[1] + tokens > self.limit:
                 raise DataError(f"prompt and {tokens} new tokens exceed the limit of {self.limit}")
@@ -101,6 +108,11 @@ def load_exported(
     else:
         about = provenance(folder)
     lines = about["lines"]
+    if task is None and ":" in lines["task"].partition("(")[0]:
+        raise ModelError(
+            f"{folder}: its task is code outside fedpeft ({lines['task']!r}); "
+            "say --task if you trust it"
+        )
     made = build("tasks", task or lines["task"])
     classes = tuple(about["classes"])
     source = model or (lines["model"] if adapter else str(folder.resolve()))
@@ -109,17 +121,26 @@ def load_exported(
     if adapter:
         from peft import PeftModel
 
-        loaded = PeftModel.from_pretrained(loaded, str(folder)).eval()
+        try:
+            loaded = PeftModel.from_pretrained(loaded, str(folder)).eval()
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise ModelError(f"{folder}: does not fit the model {source!r} ({reason})") from None
     limit = base.outline.limit
     return Exported(loaded, base.tokenizer, made, classes, limit, lines.get("data"))
 
 
-def rows_of(spec: str) -> Sequence[Row]:
-    """Return the test rows of a data line, or its training rows where it has no test."""
+def rows_of(spec: str, *, given: bool) -> Sequence[Row]:
+    """Return the test rows of a data line; of one ``given`` for this, else its only rows.
+
+    Raises ``DataError`` where a run's own data has no test rows: those it trained on prove nothing.
+    """
     try:
         splits = build("data", spec).load()
     except FedPeftError as error:
-        raise type(error)(f"--data: {error}") from error
+        raise type(error)(f"{'--data' if given else 'data'}: {error}") from error
+    if splits.test is None and not given:
+        raise DataError("the run's data has no test rows; give some with --data")
     rows: Sequence[Row] = splits.test if splits.test is not None else splits.train
     return rows
 

@@ -61,15 +61,6 @@ class ModelLearner:
                 total[name] = total.get(name, 0.0) + value
         return self.task.metrics(total)
 
-    def predict(self, tensors: Tensors, examples: Sequence[Example]) -> list[list[float]]:
-        """Return class probabilities, one list per example, in the given order."""
-        params = to_torch(tensors, self.base.device)
-        found: dict[int, list[float]] = {}
-        for logits, _, where in self._forward(params, examples):
-            probabilities = logits.float().softmax(-1).tolist()
-            found.update(zip(where, probabilities, strict=True))
-        return [found[i] for i in range(len(examples))]
-
     def _forward(
         self, params: Mapping[str, torch.Tensor], examples: Sequence[Example]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:

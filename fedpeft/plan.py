@@ -15,7 +15,7 @@ from typing import Any
 
 from fedpeft.defaults import DEFAULTS
 from fedpeft.errors import FedPeftError, PlanError
-from fedpeft.spec import build, describe, nearest
+from fedpeft.spec import build, describe, digest_of, nearest
 from fedpeft.types import (
     Adapter,
     Aggregator,
@@ -87,7 +87,7 @@ class Plan:
     holdout: float = 0.1
     eval_every: int = 1
     eval_clients: int | None = None
-    evaluate: str = "test,clients"
+    evaluate: str = "clients,test"
     keep_best: str | None = None
     patience: int | None = None
     warm_start: str | None = None
@@ -106,9 +106,14 @@ class Plan:
         problems = [f"unknown line {k!r}{nearest(k, known)}" for k in lines if k not in known]
         chosen: dict[str, Any] = {}
         for line, family in PARTS.items():
-            spec = lines.get(line, DEFAULTS.get(line))
+            spec = lines.get(line)
+            spec = DEFAULTS.get(line) if spec is None else spec
             if spec is None:
                 problems.append(f"the plan has no line {line!r}")
+                continue
+            if not isinstance(spec, str):
+                read_as = type(spec).__name__
+                problems.append(f"{line}: this is a {read_as}; write name(field=value, ...)")
                 continue
             try:
                 chosen[line] = build(family, str(spec))
@@ -121,7 +126,7 @@ class Plan:
                 problems.append(f"{line}: {error}")
                 continue
             if value is not None:
-                chosen[line] = value
+                chosen[line] = ",".join(sorted(_words(value))) if line in _LISTS else value
             elif required:
                 problems.append(f"the plan has no line {line!r}")
             elif line in lines and line in _LISTS:
@@ -132,8 +137,12 @@ class Plan:
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Plan:
-        """Read a plan file; ``overrides`` replace whole lines."""
-        return cls.from_lines({**read_lines(path), **(overrides or {})})
+        """Read a plan file; ``overrides`` replace whole lines, a preset among them all it says.
+
+        Raises ``PlanError`` that lists every problem found.
+        """
+        given = dict(overrides or {})
+        return cls.from_lines({**read_lines(path), **_with_preset(given)})
 
     def parts(self) -> Iterator[tuple[str, Any]]:
         """Yield (line, part)."""
@@ -152,8 +161,12 @@ class Plan:
         return {k: v for k, v in self.lines().items() if k not in _REPORTING}
 
     def digest(self, *inputs: str) -> str:
-        """Return the content address of this plan on ``inputs`` (digests of data and model)."""
-        text = json.dumps([self.identity(), *inputs], sort_keys=True)
+        """Return the content address of this plan on ``inputs`` (digests of data and model).
+
+        The source of parts from outside the package counts, since it may change under a name.
+        """
+        sources = [digest_of(part) for _, part in self.parts()]
+        text = json.dumps([self.identity(), *inputs, *filter(None, sources)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -171,14 +184,23 @@ def read_lines(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of plan lines. Raises ``PlanError`` naming the file and the place."""
     import yaml
 
+    class _Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{twice[0]!r} is given twice", problem_mark=node.start_mark
+                )
+            return super().construct_mapping(node, deep)
+
     try:
         text = Path(path).read_text(encoding="utf-8")
-        found = yaml.safe_load(text)
+        found = yaml.load(text, _Loader)
     except FileNotFoundError:
         raise PlanError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise PlanError(f"{where}: not YAML ({getattr(error, 'problem', error)})") from None
@@ -214,7 +236,7 @@ def _scalar(value: Any, kind: type) -> Any:
         raise ValueError(f"{value!r} is not {words[kind]}")
     try:
         number = kind(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ValueError(f"{value!r} is not {words[kind]}") from None
     if kind is int and isinstance(value, float) and value != number:
         raise ValueError(f"{value!r} is not a whole number")
@@ -253,6 +275,10 @@ def _scalar_problems(plan: Plan) -> Iterator[str]:
             f"keep_best: {plan.keep_best!r} must be a metric of {' or '.join(plan.evaluations)}, "
             "such as test/accuracy"
         )
+    elif plan.keep_best:
+        name = plan.keep_best.partition("/")[2].removesuffix("_worst_decile")
+        if name not in plan.task.measures:
+            yield f"keep_best: the task has no metric {name!r}{nearest(name, plan.task.measures)}"
     if "clients" in plan.evaluations and plan.holdout == 0 and where == "clients":
         yield "keep_best: the clients have no held-out records; set holdout above 0"
 

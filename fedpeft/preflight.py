@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from fedpeft.errors import FedPeftError
+from fedpeft.errors import DataError, FedPeftError, ModelError, PlanError
 from fedpeft.federation import Federation, deal
 from fedpeft.models._outline import Outline, outline
 from fedpeft.plan import Plan
+from fedpeft.spec import nearest
 from fedpeft.types import Shapes
 
 
@@ -20,6 +23,7 @@ class Preflight:
     federation: Federation
     outline: Outline
     shapes: Shapes
+    warnings: tuple[str, ...]
 
 
 def check(plan: Plan) -> Preflight:
@@ -29,6 +33,11 @@ def check(plan: Plan) -> Preflight:
     """
     federation = deal(plan)
     plan.cohort.choose(list(federation.train), np.random.default_rng(0))
+    _check_labels(plan, federation)
+    if (plan.keep_best or "").startswith("clients/") and not any(
+        map(len, federation.held.values())
+    ):
+        raise PlanError("keep_best: no client has held-out records; raise holdout")
     try:
         found = outline(plan.model, plan.task.head, len(federation.classes))
     except FedPeftError as error:
@@ -41,4 +50,43 @@ def check(plan: Plan) -> Preflight:
         plan.task.encode([], None, found.limit, federation.classes)
     except FedPeftError as error:
         raise type(error)(f"task: {error}") from error
-    return Preflight(federation, found, shapes)
+    if plan.warm_start is not None:
+        _check_folder(Path(plan.warm_start))
+    return Preflight(federation, found, shapes, tuple(_warnings(plan, federation, shapes, found)))
+
+
+def _check_labels(plan: Plan, federation: Federation) -> None:
+    if federation.splits.test is None:
+        return
+    try:
+        labels = plan.task.labels(federation.splits.test)
+    except FedPeftError as error:
+        raise type(error)(f"data: test: {error}") from error
+    for number, label in enumerate(labels or [], 1):
+        if str(label) not in federation.classes:
+            raise DataError(
+                f"data: test: row {number} has the label {label!r}, which no training row has"
+                + nearest(str(label), federation.classes)
+            )
+
+
+def _check_folder(path: Path) -> None:
+    if list(path.glob("*.safetensors")):
+        return
+    inner = path / "adapter"
+    hint = f"did you mean {inner}?" if inner.is_dir() else "give an adapter folder"
+    raise ModelError(f"warm_start: {path}: no weights in it; {hint}")
+
+
+def _warnings(plan: Plan, federation: Federation, shapes: Shapes, found: Outline) -> Iterator[str]:
+    tested, held = federation.splits.test is not None, any(map(len, federation.held.values()))
+    if plan.adapter.roles(shapes, 0).local and "test" in plan.evaluations and tested:
+        yield "test: some trained tensors stay with the clients; read the clients/ metrics"
+    if not found.exact:
+        yield "adapter: the shape of this model's head is guessed; its bytes are an estimate"
+    if "clients" in plan.evaluations and not held:
+        yield "holdout: no client has held-out records, so there is no federated evaluation"
+    if plan.evaluations == ("test",) and not tested:
+        yield "evaluate: there is no test set, so nothing is evaluated"
+    if plan.comparisons and not tested:
+        yield "compare: needs a test set, and the data line has none"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedpeft.evaluation import evaluated_clients
 from fedpeft.federation import Federation
 from fedpeft.models._outline import Outline
 from fedpeft.plan import Plan
@@ -22,7 +23,7 @@ _RUN = "0" * 32
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class Size:
     """Bytes of one message; ``exact`` is false where the size depends on the values."""
 
     bytes: int
@@ -30,7 +31,12 @@ class Message:
 
 
 def preview(plan: Plan) -> dict[str, Any]:
-    """Return the plan's costs as plain values. Raises ``FedPeftError`` where it cannot run."""
+    """Return the plan's costs as plain values. Raises ``FedPeftError`` where it cannot run.
+
+    Bytes are measured by packing; a message differs by the digits of the numbers in its header,
+    and cohorts that are drawn by chance count with their expected size. ``exact`` is false where
+    a codec's output depends on the values.
+    """
     checked = check(plan)
     federation, found, shapes = checked.federation, checked.outline, checked.shapes
     population = federation.population
@@ -52,14 +58,23 @@ def preview(plan: Plan) -> dict[str, Any]:
             "up_per_round": round(cohort * up.bytes),
             "down_total": round(plan.rounds * cohort * down.bytes),
             "up_total": round(plan.rounds * cohort * up.bytes),
+            "evaluation_total": _evaluation(plan, federation) * down.bytes,
             "exact": down.exact and up.exact and found.exact,
         },
         "memory": _memory(found, shapes, tables, plan),
-        "warnings": _warnings(plan, federation, tables, found),
+        "warnings": list(checked.warnings),
     }
 
 
-def _down(plan: Plan, tables: Tables) -> Message:
+def _evaluation(plan: Plan, federation: Federation) -> int:
+    """Return how many clients are sent something to evaluate, over all rounds."""
+    if "clients" not in plan.evaluations or not plan.holdout:
+        return 0
+    often = len({*range(plan.eval_every, plan.rounds + 1, plan.eval_every), plan.rounds})
+    return often * len(evaluated_clients(plan, list(federation.train)))
+
+
+def _down(plan: Plan, tables: Tables) -> Size:
     expected = tables.down(0)
     state = start(plan, tables, _filled(tables.shapes, 0))
     told = header(state, _RUN, "")
@@ -73,7 +88,7 @@ def _down(plan: Plan, tables: Tables) -> Message:
     return _measured(packed)
 
 
-def _up(plan: Plan, tables: Tables) -> Message:
+def _up(plan: Plan, tables: Tables) -> Size:
     expected = tables.up(0)
     told: dict[str, Scalar] = {
         "run": _RUN,
@@ -93,9 +108,9 @@ def _up(plan: Plan, tables: Tables) -> Message:
     return _measured(packed)
 
 
-def _measured(packed: Any) -> Message:
+def _measured(packed: Any) -> Size:
     zeros, values = packed(0), packed(1)
-    return Message(values, zeros == values)
+    return Size(values, zeros == values)
 
 
 def _encoded(codec: Codec, shapes: Shapes, kind: int) -> Tensors:
@@ -151,19 +166,6 @@ def _memory(found: Outline, shapes: Shapes, tables: Tables, plan: Plan) -> dict[
     }
 
 
-def _warnings(plan: Plan, federation: Federation, tables: Tables, found: Outline) -> list[str]:
-    said = []
-    if tables.roles(0).local and "test" in plan.evaluations and federation.splits.test:
-        said.append("test: some trained tensors stay with the clients; read the clients/ metrics")
-    if not found.exact:
-        said.append("adapter: the shape of this model's head is guessed; its bytes are an estimate")
-    if not plan.holdout and "clients" in plan.evaluations:
-        said.append("holdout: 0, so there is no federated evaluation")
-    if not federation.splits.test and plan.comparisons:
-        said.append("compare: needs a test set, and the data line has none")
-    return said
-
-
 def as_text(found: Mapping[str, Any]) -> str:
     """Return the preview for a terminal."""
     traffic, count, memory = found["bytes"], found["parameters"], found["memory"]
@@ -186,7 +188,11 @@ def as_text(found: Mapping[str, Any]) -> str:
             "bytes per round",
             f"{traffic['up_per_round']:,} up, {traffic['down_per_round']:,} down{about}",
         ),
-        ("bytes in total", f"{traffic['up_total']:,} up, {traffic['down_total']:,} down{about}"),
+        (
+            "bytes in total",
+            f"{traffic['up_total']:,} up, {traffic['down_total']:,} down, "
+            f"{traffic['evaluation_total']:,} for federated evaluation{about}",
+        ),
         (
             "memory",
             f"{memory['base_bytes'] / 1e6:,.1f} MB base, "

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.errors import PlanError, WireError
+from fedpeft.admission import admit, printable
+from fedpeft.errors import PlanError, RunError, WireError
 from fedpeft.memory import NEVER, Memory
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
-from fedpeft.tables import Tables, limit
+from fedpeft.tables import Tables
 from fedpeft.tensors import is_finite, prefixed, select, shapes_of
 from fedpeft.types import (
     Example,
@@ -33,14 +34,10 @@ from fedpeft.types import (
     Update,
     Weights,
 )
-from fedpeft.wire import Body, Message, body, peek, unpack
+from fedpeft.wire import Body, Message, body, peek
 
 if TYPE_CHECKING:
     import torch
-
-
-_MOST, _MOST_WORDS = 1e15, 300
-"""No honest reply reports more steps or records; no reason that is kept is longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +127,8 @@ def receive(
         round, acknowledged = int(told["round"]), int(told["ack"])
     except (KeyError, ValueError):
         raise WireError("message is no broadcast: its header lacks round and ack") from None
+    if not 0 <= round < plan.rounds + 1:
+        raise WireError(f"message is of round {round}, the plan has {plan.rounds}")
     came = site.tables.decode(message, round)
     kept = memory.at(acknowledged, client) if site.tables.remembers else {}
     tensors = {**site.initial, **select(kept, "local"), **came.adapter}
@@ -158,10 +157,11 @@ def client_round(
         "steps": fit.steps[0],
         "lr_sum": fit.lr_sums[0],
         "seen": fit.seen[0],
-        "loss": _plain(fit.losses[0]),
     }
+    if np.isfinite(fit.losses[0]):
+        told_back["loss"] = fit.losses[0]
     if site.tables.remembers:
-        own = {k: trained[k] for k in roles.local}
+        own = {k: trained[k] for k in sorted(roles.local)}
         news = {**prefixed("local", own), **prefixed("correction", corrected)}
         memory = memory.after(got.acknowledged, round, news)
     return body(sections, up).seal(told_back), memory
@@ -192,16 +192,29 @@ def server_round(
                 if isinstance(reply, Exception):
                     raise WireError(str(reply))
                 up_bytes += len(reply) if isinstance(reply, bytes) else reply.nbytes
-                update = _receive(plan, tables, state, run, client, reply, weights)
+                if client in refused or any(client == u.client for u in used):
+                    raise WireError("a second reply in one round")
+                update = admit(plan, tables, (run, state.round), client, reply, population, weights)
                 control = _corrected(plan, control, state.control, update, len(population))
             except WireError as error:
-                refused[client] = str(error)[:_MOST_WORDS]
+                refused[client] = printable(str(error))
                 continue
             used.append(replace(update, delta={}, extras={}))
             yield update
 
-    step = plan.aggregator.reduce(updates(), {k: state.params[k] for k in names}, weights)
-    moved, slots = plan.optimizer.step(state.params, step.delta, state.slots)
+    stream = updates()
+    step = plan.aggregator.reduce(stream, {k: state.params[k] for k in names}, weights)
+    for _ in stream:  # an aggregator that stops early must not hide who replied
+        pass
+    if shapes_of(step.delta) != {k: state.params[k].shape for k in names}:
+        raise PlanError("aggregator: its step has other names or shapes than the adapter")
+    with np.errstate(over="ignore", invalid="ignore"):
+        moved, slots = plan.optimizer.step(state.params, step.delta, state.slots)
+    if not (is_finite(moved) and is_finite(slots)):
+        raise RunError(
+            f"round {state.round}: the server's step is not finite; lower the optimizer's lr or "
+            "the trainer's"
+        )
     acks = {**state.acks, **{update.client: state.round for update in used}}
     report = Report([u.client for u in used], refused, up_bytes, _metrics(used))
     params = {**state.params, **moved}
@@ -237,41 +250,6 @@ def _train(plan: Plan, site: Client, client: str, got: Received) -> Fit:
     return fit
 
 
-def _receive(
-    plan: Plan,
-    tables: Tables,
-    state: ServerState,
-    run: str,
-    client: str,
-    reply: Message | bytes,
-    weights: Weights,
-) -> Update:
-    expected = tables.up(state.round)
-    packet = unpack(reply, expected, limit(expected))
-    told = packet.header
-    if (told.get("run"), told.get("round")) != (run, state.round):
-        raise WireError(f"reply belongs to run {told.get('run')}, round {told.get('round')}")
-    numbers = {k: told.get(k) for k in ("steps", "lr_sum", "seen", "loss")}
-    if not all(isinstance(v, int | float) and v >= 0 for v in numbers.values()):
-        raise WireError(f"reply lacks a number among {', '.join(numbers)}")
-    if not all(numbers[k] for k in ("steps", "lr_sum", "seen")):
-        raise WireError("reply says that the client did not train")
-    if too := [k for k in ("steps", "seen") if float(told[k]) > _MOST]:
-        raise WireError(f"reply reports {told[too[0]]} {too[0]}")
-    if client not in weights.of:
-        raise WireError("reply from a client that was not asked")
-    delta = plan.uplink.decode(packet.sections["adapter"], expected["adapter"])
-    extras = packet.sections.get("control", {})
-    if shapes_of(delta) != expected["adapter"] or shapes_of(extras) != expected.get("control", {}):
-        raise WireError("update has other names or shapes than the plan's adapter")
-    if any(value.dtype != np.float32 for value in extras.values()):
-        raise WireError("control variates are not float32")
-    if not (is_finite(delta) and is_finite(extras)):
-        raise WireError("update holds values that are not finite: training diverged; lower lr")
-    metrics = {k: float(told[k]) for k in ("loss", "seen", "steps")}
-    return Update(client, delta, weights.of[client], float(told["lr_sum"]), extras, metrics)
-
-
 def _corrected(
     plan: Plan, control: Tensors, before: Tensors, update: Update, population: int
 ) -> Tensors:
@@ -294,7 +272,3 @@ def _minus(trained: NDArray[np.float32], received: NDArray[np.float32]) -> NDArr
     """Subtract into the trained array, unless the trainer gave back what it was given."""
     own = not np.may_share_memory(trained, received)
     return np.subtract(trained, received, out=trained if own else None)
-
-
-def _plain(loss: float) -> float:
-    return loss if np.isfinite(loss) else 0.0

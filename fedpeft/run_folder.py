@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -31,7 +30,7 @@ from typing import Any
 import yaml
 
 from fedpeft.checkpoint import Checkpoint, drop_old, load_checkpoint, save_checkpoint
-from fedpeft.durable import append_line, make_folder, replace_file
+from fedpeft.durable import acquire, append_line, replace_file
 from fedpeft.errors import RunError
 from fedpeft.memory import OnDisk
 from fedpeft.plan import Plan
@@ -49,7 +48,7 @@ class RunFolder:
         self.digest = plan.digest(*inputs)
         if self._foreign():
             raise RunError(f"{path}: not empty and no run of fedpeft; choose another --out")
-        self._lock = self._acquire()
+        self._lock = acquire(self.path, "run")
         try:
             self.run = self._take_up(inputs, resume=resume)
         except BaseException:
@@ -84,7 +83,13 @@ class RunFolder:
         """
         found = load_checkpoint(self.path / "checkpoints", self.digest)
         done = found.state.round if found else 0
-        lines = self.history()[:done]
+        lines = self.history()
+        if lines and not found:
+            raise RunError(
+                f"{self.path}/checkpoints: empty, though {len(lines)} rounds were run; restore it "
+                "or choose another --out"
+            )
+        lines = lines[:done]
         if found and len(lines) == done - 1:
             lines.append(dict(found.line))
         if [line.get("round") for line in lines] != list(range(done)):
@@ -145,6 +150,9 @@ class RunFolder:
                 f"{self.path}/run.json: lacks {', '.join(sorted(missing))}, so this is no run of "
                 "fedpeft; choose another --out"
             )
+        if not self._recorded():  # nothing would be lost
+            same = known["digest"] == self.digest
+            return str(known["run"]) if same else self._begin(inputs)
         if not resume:
             state = "finished" if self.finished else "begun"
             raise RunError(
@@ -153,6 +161,10 @@ class RunFolder:
         if known["digest"] != self.digest:
             raise RunError(f"{self.path}: {_difference(known, self.plan, inputs)}")
         return str(known["run"])
+
+    def _recorded(self) -> bool:
+        """Tell whether any round of this run is durable; without one it may begin anew."""
+        return any((self.path / "checkpoints").glob("state-*.safetensors")) or bool(self.history())
 
     def _begin(self, inputs: tuple[str, ...]) -> str:
         lines, run = self.plan.lines(), uuid.uuid4().hex
@@ -172,20 +184,6 @@ class RunFolder:
         except NotADirectoryError:
             return True
         return "run.json" not in found and not found <= _STARTING
-
-    def _acquire(self) -> int:
-        try:
-            make_folder(self.path)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(f"{self.path}: no folder to write in ({reason})") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise RunError(f"{self.path}: another process is writing this run") from None
-        return lock
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name

@@ -6,6 +6,7 @@ All texts are tokenised first, so that one that cannot be used is refused before
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -20,16 +21,38 @@ from fedpeft.models._locate import locate
 from fedpeft.models._outline import input_limit, read_config
 from fedpeft.plan import Plan
 from fedpeft.tables import Tables
-from fedpeft.types import Example, Row, Tensors
+from fedpeft.types import Example, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Both splits of a plan's data, tokenised, in the order of their rows."""
+
+    train: Sequence[Example]
+    test: Sequence[Example]
+
+
+def encode(plan: Plan, federation: Federation) -> Texts:
+    """Tokenise the data. Raises ``DataError`` naming split and row of an unusable text."""
+    limit = input_limit(read_config(locate(plan.model)))
+    tokenizer = load_tokenizer(plan.model)
+    found = []
+    for name, rows in (("train", federation.splits.train), ("test", federation.splits.test or [])):
+        try:
+            found.append(plan.task.encode(rows, tokenizer, limit, federation.classes))
+        except FedPeftError as error:
+            raise type(error)(f"data: {name}: {error}") from error
+    return Texts(*found)
 
 
 class Site:
     """One plan's model, adapter and data in this process. Close it to give the base back."""
 
-    def __init__(self, plan: Plan, federation: Federation, device: str = "cpu") -> None:
+    def __init__(
+        self, plan: Plan, federation: Federation, device: str = "cpu", texts: Texts | None = None
+    ) -> None:
         self.plan, self.federation = plan, federation
-        self._train = self._encode("train", federation.splits.train)
-        self._test = self._encode("test", federation.splits.test or [])
+        self._texts = texts or encode(plan, federation)
         try:
             self.base: Base = load_base(plan.model, plan.task.head, federation.classes, device)
         except FedPeftError as error:
@@ -62,19 +85,11 @@ class Site:
 
     def test(self) -> Sequence[Example]:
         """Return the tokenised test set; empty where there is none."""
-        return self._test
+        return self._texts.test
 
     def close(self) -> None:
         """Detach the adapter, so that the base can serve another plan."""
         self.attached.detach()
 
     def _rows(self, where: NDArray[np.int64]) -> Sequence[Example]:
-        return [self._train[i] for i in where.tolist()]
-
-    def _encode(self, split: str, rows: Sequence[Row]) -> Sequence[Example]:
-        plan, classes = self.plan, self.federation.classes
-        try:
-            limit = input_limit(read_config(locate(plan.model)))
-            return plan.task.encode(rows, load_tokenizer(plan.model), limit, classes)
-        except FedPeftError as error:
-            raise type(error)(f"data: {split}: {error}") from error
+        return [self._texts.train[i] for i in where.tolist()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import pkgutil
@@ -123,8 +124,20 @@ def describe(part: Any, *, full: bool = False) -> str:
     return f"{name}({inner})" if inner else name
 
 
+def digest_of(part: Any) -> str:
+    """Return a digest of the source file of a method from outside the package, else nothing."""
+    if hasattr(part, "stages"):
+        return "".join(digest_of(stage) for stage in part.stages)
+    module = sys.modules[type(part).__module__]
+    if module.__name__.startswith("fedpeft.") or not getattr(module, "__file__", None):
+        return ""
+    return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+
+
 def names(family: str) -> list[str]:
     """List the methods of a family by looking at its folder; nothing is imported."""
+    if not family.isidentifier() or family == "engine":
+        raise SpecError(f"there is no family {family!r}")
     found = importlib.util.find_spec(f"fedpeft.{family}")
     if found is None or not found.submodule_search_locations:
         raise SpecError(f"there is no family {family!r}")
@@ -174,7 +187,9 @@ def _make(family: str, outside: str, node: ast.expr) -> Any:
     given: dict[str, Any] = {}
     for keyword in call.keywords:
         if keyword.arg is None or keyword.arg not in known:
-            close = difflib.get_close_matches(keyword.arg or "", known, n=1, cutoff=0.6)
+            word = keyword.arg or ""
+            close = [k for k in known if word.startswith(k)]  # rank: r
+            close += difflib.get_close_matches(word, known, n=1, cutoff=0.6)
             hint = f"; did you mean {close[0]!r}?" if close else ";"
             has = ", ".join(known) or "no fields"
             raise SpecError(f"{name} has no field {keyword.arg or '**'!r}{hint} it has {has}")
@@ -225,6 +240,11 @@ def _find(family: str, name: str, outside: str = "") -> Any:
         if error.name and (module + ".").startswith(error.name + "."):
             raise SpecError(f"there is no module {module!r} to take {name!r} from") from None
         raise
+    except Exception as error:
+        if not outside:
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise SpecError(f"{module} cannot be imported ({reason})") from error
     letters = name.replace("_", "").lower()
     for attribute, value in vars(found).items():
         if (

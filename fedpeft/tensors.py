@@ -30,9 +30,9 @@ def prefixed(prefix: str, a: Tensors) -> Tensors:
     return {f"{prefix}/{k}": v for k, v in a.items()}
 
 
-def norm(a: Tensors) -> float:
-    """Joint L2 norm, accumulated in float64; infinite or NaN where an entry is."""
-    return math.sqrt(sum(_squares(value) for value in a.values()))
+def is_within(a: Tensors, bound: float) -> bool:
+    """Tell whether every array has an L2 norm of at most ``bound``; NaN and infinity have not."""
+    return all(_squares(value) <= bound**2 for value in a.values())
 
 
 def is_finite(a: Tensors) -> bool:

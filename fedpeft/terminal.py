@@ -43,7 +43,6 @@ class RunScreen:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
             console=console,
             disable=not self._live,
         )
@@ -60,13 +59,15 @@ class RunScreen:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self._console.print(f"warning: {text}", style="yellow", highlight=False)
+
     def begin(self, plan: Plan, round: int) -> None:
         """Open the bars."""
         self.round_done = round
-        self._rounds = self._progress.add_task(
-            "rounds", total=plan.rounds, completed=round, note=""
-        )
-        self._clients = self._progress.add_task("clients", total=None, note="")
+        self._rounds = self._progress.add_task("rounds", total=plan.rounds, completed=round)
+        self._clients = self._progress.add_task("clients", total=None)
         if round and not self._live:
             self._console.print(f"resuming after round {round} of {plan.rounds}")
 
@@ -80,16 +81,15 @@ class RunScreen:
         self.round_done = line["round"] + 1
         note = _note(line)
         if self._rounds is not None:
-            self._progress.update(self._rounds, advance=1, note=note)
-        if not self._live:
-            self._console.print(f"round {self.round_done}  {note}", highlight=False)
+            self._progress.update(self._rounds, advance=1)
+        self._console.print(f"round {self.round_done}  {note}", highlight=False)
         for client, reason in line.get("refused", {}).items():
             self._console.print(f"refused {client}: {reason}", style="yellow")
 
     def compare(self, name: str, done: int, total: int) -> None:
         """Move the bar of a comparison."""
         if name not in self._extra:
-            self._extra[name] = self._progress.add_task(_ROWS[name], total=total, note="")
+            self._extra[name] = self._progress.add_task(_ROWS[name], total=total)
         self._progress.update(self._extra[name], completed=done)
 
     def finish(self, result: Result) -> None:
@@ -101,7 +101,7 @@ class RunScreen:
 @contextmanager
 def show_run(folder: Path) -> Iterator[RunScreen]:
     """Show a run; Ctrl-C says how to go on."""
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     try:
         with RunScreen(console, folder) as screen:
             yield screen
@@ -126,12 +126,11 @@ def show_result(console: Console, result: Result) -> None:
         for name, metrics in rows.items():
             shown.add_row(_ROWS.get(name, name), *(_cell(c, metrics.get(c)) for c in columns))
         console.print(shown)
-    for name, value in table["last"].items():
-        if name.startswith("clients/") and ("accuracy" in name or "loss" in name):
-            about = "held-out records of the clients"
-            console.print(f"{about}: {name[8:].replace('_', ' ')} {value:.4f}", highlight=False)
+    if held := _held_out(table["last"]):
+        console.print(f"held-out records of the clients: {held}", highlight=False)
     console.print(
         f"{table['up_bytes'] / 1e6:,.2f} MB up, {table['down_bytes'] / 1e6:,.2f} MB down, "
+        f"{table['eval_bytes'] / 1e6:,.2f} MB for federated evaluation; "
         f"{table['seconds']:,.1f} s of rounds",
         highlight=False,
     )
@@ -144,9 +143,16 @@ def show_cell(index: int, total: int, outcome: Outcome) -> None:
     values = ", ".join(f"{k}={v}" for k, v in outcome.cell.values.items())
     score = _note(outcome.table.get("last", {})) if outcome.table else outcome.problem
     style = {"failed": "red", "kept": "dim"}.get(outcome.status, "")
-    Console(soft_wrap=True).print(
+    Console(soft_wrap=True, markup=False).print(
         f"{index + 1}/{total} {outcome.status:6} {values}: {score}", style=style, highlight=False
     )
+
+
+def _held_out(last: Mapping[str, float]) -> str:
+    found = {k.removeprefix("clients/"): v for k, v in last.items() if k.startswith("clients/")}
+    shown = [name for name in ("accuracy", "loss") if name in found]
+    parts = [f"{n} {found[n]:.4f}, worst decile {found[f'{n}_worst_decile']:.4f}" for n in shown]
+    return "; ".join(parts)
 
 
 def _server_metrics(last: Mapping[str, float]) -> dict[str, float]:

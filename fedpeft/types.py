@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, r
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.errors import PlanError
+
 if TYPE_CHECKING:  # torch takes seconds to import; plans must not
     import torch
 
@@ -75,6 +77,15 @@ class Roles:
     down: frozenset[str]
     up: frozenset[str]
     local: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Raise ``PlanError`` for roles that contradict each other."""
+        if both := sorted(self.local & (self.up | self.down)):
+            raise PlanError(f"adapter: {both[0]} cannot both travel and stay local")
+        if idle := sorted((self.up | self.local) - self.train):
+            raise PlanError(f"adapter: {idle[0]} does not train, so it has nothing to send or keep")
+        if lost := sorted(self.up - self.down):
+            raise PlanError(f"adapter: {lost[0]} goes up but never down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +276,11 @@ class Task(Protocol):
     @property
     def head(self) -> Literal["sequence-classification", "causal-lm"]:
         """The ``transformers`` auto class to load."""
+        ...
+
+    @property
+    def measures(self) -> Sequence[str]:
+        """The names of its metrics."""
         ...
 
     def labels(self, rows: Sequence[Row]) -> Sequence[Hashable] | None:

@@ -13,9 +13,9 @@ from flwr.serverapp import Grid, ServerApp
 import fedpeft
 from fedpeft.driver import drive, input_digests
 from fedpeft.errors import FedPeftError
-from fedpeft.federation import deal
 from fedpeft.flower import GridEngine
 from fedpeft.flower_config import home, read_config
+from fedpeft.preflight import check
 from fedpeft.run_folder import RunFolder
 from fedpeft.site import Site
 from fedpeft.terminal import RunScreen
@@ -40,7 +40,7 @@ def _run(grid: Grid, context: Context) -> None:
 
     plan, settings = read_config(context.run_config)
     torch.set_num_threads(settings.threads)
-    federation = deal(plan)
+    federation = check(plan).federation
     out = Path(settings.out).expanduser() if settings.out else home() / "runs" / str(context.run_id)
     engine = GridEngine(grid, settings.deadline)
     engine.greet(
@@ -49,7 +49,9 @@ def _run(grid: Grid, context: Context) -> None:
         plan.digest(federation.splits.fingerprint),
         settings.wait,
     )
-    console = Console(file=sys.stdout, force_terminal=False, no_color=True, soft_wrap=True)
+    console = Console(
+        file=sys.stdout, force_terminal=False, no_color=True, soft_wrap=True, markup=False
+    )
     inputs = input_digests(plan, federation)
     with (
         RunFolder(out.absolute(), plan, inputs, resume=settings.resume) as folder,

@@ -12,7 +12,7 @@ import pytest
 
 from fedpeft import Plan, simulate
 from fedpeft.driver import _in_order
-from fedpeft.errors import DataError, ModelError, PlanError
+from fedpeft.errors import DataError, ModelError, PlanError, RunError
 from fedpeft.evaluation import Best, is_better, summarise
 from fedpeft.wire import Message
 from tests.tiny import support_lines, support_plan
@@ -157,13 +157,16 @@ def test_an_empty_cohort_changes_nothing(bert: Path) -> None:
     assert all(np.array_equal(v, start[k]) for k, v in result.tensors.items())
 
 
-def test_divergence_is_named_and_left_out(bert: Path) -> None:
-    plan = support_plan(bert, trainer='plain(optimizer="sgd", lr=1e30, steps=4)', rounds=1)
-    result = simulate(plan)
-    refused = result.history[0]["refused"]
-    assert set(refused) == {"client-000", "client-001", "client-002", "client-003"}
-    assert "not finite" in refused["client-000"]
-    assert all(np.isfinite(v).all() for v in result.tensors.values())
+def test_a_round_in_which_all_diverge_ends_the_run(bert: Path, tmp_path: Path) -> None:
+    plan = support_plan(bert, trainer='plain(optimizer="sgd", lr=1e30, steps=4)', rounds=2)
+    with pytest.raises(RunError, match=r"round 0: no reply could be used; client-000: .*finite"):
+        simulate(plan, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_step_that_is_not_finite_ends_the_run(bert: Path) -> None:
+    with pytest.raises(RunError, match=r"round 0: the server's step is not finite"):
+        simulate(support_plan(bert, optimizer="sgd(lr=3e38)", trainer="plain(lr=1e3, steps=2)"))
 
 
 @pytest.mark.parametrize(

@@ -237,10 +237,7 @@ def test_a_round_that_every_client_refuses_ends_the_run(bert: Path, tmp_path: Pa
     with pytest.raises(RunError, match=r"no client plays this round; client-00\d: .*no room"):
         serve(grid)
     grid.broken.clear()
-    with pytest.raises(RunError, match="holds a begun run"):
-        serve(grid)
-    grid.config["resume"] = True
-    serve(grid)
+    serve(grid)  # no round was recorded, so the run may begin anew
     assert len(result_of(tmp_path / "out")[1]) == 2
 
 

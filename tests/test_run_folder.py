@@ -192,8 +192,8 @@ def test_another_plan_or_other_inputs_are_named(
 
 
 def test_another_warm_start_is_named(tmp_path: Path) -> None:
-    with opened(tmp_path, inputs=(*INPUTS, "warm-1"), warm_start="adapter"):
-        pass
+    with opened(tmp_path, inputs=(*INPUTS, "warm-1"), warm_start="adapter") as folder:
+        folder.save(after(1))
     with pytest.raises(RunError, match="the warm start changed since the run began"):
         opened(tmp_path, resume=True, inputs=(*INPUTS, "warm-2"), warm_start="adapter")
 

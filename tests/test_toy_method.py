@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fedpeft import Plan, simulate
+from fedpeft.admission import admit
 from fedpeft.errors import PlanError, WireError
-from fedpeft.rounds import _receive
 from fedpeft.spec import build, describe
 from fedpeft.tables import Tables
 from fedpeft.types import Packet, Scalar, Update, Weights
@@ -233,7 +233,7 @@ def test_extras_of_another_shape_are_refused() -> None:
     }
     weights = Weights({"a": 1.0}, 1.0)
     message = pack(Packet(good, told), expected)
-    assert _receive(plan, tables, state, "run", "a", message, weights).extras["played"] == 1
+    assert admit(plan, tables, ("run", 0), "a", message, {"a": 8}, weights).extras["played"] == 1
     for control in (
         {"own/x": np.zeros(4, np.float32), "played": np.ones(1, np.float32)},
         {"own/x": np.zeros(3, np.float32)},
@@ -242,4 +242,4 @@ def test_extras_of_another_shape_are_refused() -> None:
     ):
         bad = pack(Packet({**good, "control": control}, told), expected)
         with pytest.raises(WireError, match=r"other names or shapes|not finite"):
-            _receive(plan, tables, state, "run", "a", bad, weights)
+            admit(plan, tables, ("run", 0), "a", bad, {"a": 8}, weights)

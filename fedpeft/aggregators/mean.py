@@ -25,6 +25,7 @@ class Mean:
             share = update.weight / weights.denominator
             for name, value in update.delta.items():
                 part = scratch[value.shape]
-                np.multiply(value, share, out=part, dtype=np.float64)
+                np.copyto(part, value)  # to float64 first: the product is exact to its last bit
+                part *= share
                 total[name] += part
         return Step({name: value.astype(np.float32) for name, value in total.items()})

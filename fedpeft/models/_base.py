@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from fedpeft.errors import ModelError
-from fedpeft.models._locate import Location, locate, unreachable
+from fedpeft.models._locate import Location, file_of, locate, unreachable
 from fedpeft.models._outline import HEADS, Outline, input_limit, is_head, read_config
 
 _T = TypeVar("_T")
@@ -85,7 +85,7 @@ def load_tokenizer(model: str) -> Any:
 
     location = locate(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location.source)
+        tokenizer = AutoTokenizer.from_pretrained(location.source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_load(location, "tokenizer", error) from error
     if tokenizer.pad_token_id is None:
@@ -120,6 +120,7 @@ def load_base(model: str, head: str, classes: tuple[str, ...], device: str) -> B
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,
             **labels,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -152,10 +153,8 @@ def fingerprint(model: str) -> str:
     """Return a digest of the model's files, or the hub's revision."""
     location = locate(model)
     if location.folder is None:
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(location.source, "config.json")
-        return Path(cached).parent.name if isinstance(cached, str) else location.source
+        path = file_of(location, "config.json")  # fetched, so that the first run knows it too
+        return path.parent.name if path is not None else location.source
     digest = xxhash.xxh3_128()
     for path in _files(location.folder):
         digest.update(path.name.encode())

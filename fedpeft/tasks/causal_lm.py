@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -43,6 +43,8 @@ class CausalLm:
         """Refuse a chat template that is neither known, nor Jinja text, nor a file."""
         self._template()
 
+    measures: ClassVar[Sequence[str]] = ("loss", "perplexity", "token_accuracy")
+
     @property
     def head(self) -> Literal["causal-lm"]:
         """The ``transformers`` auto class to load."""
@@ -74,6 +76,29 @@ class CausalLm:
             ids, learn = fit(draft, cap, tokenizer.bos_token_id)
             examples.append({"input_ids": ids, "labels": np.where(learn, ids, _IGNORED)})
         return examples
+
+    def prompts(self, rows: Sequence[Row], tokenizer: Any) -> list[str]:
+        """Return what a model would be told before it answers each row.
+
+        Raises ``DataError`` naming the row where there is nothing to tell.
+        """
+        found = []
+        for number, row in enumerate(rows, 1):
+            kind = detect(row, self.text) if self.format == "auto" else self.format
+            if kind == "chat":
+                turns = list(messages(row, number))
+                while turns and turns[-1]["role"] == "assistant":
+                    turns.pop()
+                options = {"tokenize": False, "add_generation_prompt": True}
+                template = self._template() or tokenizer.chat_template
+                text = tokenizer.apply_chat_template(turns, chat_template=template, **options)
+            else:
+                given = sample(row, number, kind, self.text)
+                text = given.prompt or given.completion
+            if not text.strip():
+                raise DataError(f"row {number} holds no prompt; fill it or remove the row")
+            found.append(str(text))
+        return found
 
     def collate(
         self, examples: Sequence[Example], pad: int

@@ -46,6 +46,8 @@ class Classify:
         if names is not None and (len(names) < 2 or len(set(names)) < len(names)):
             raise SpecError(f"classify: names={self.names!r} must be two or more different classes")
 
+    measures: ClassVar[Sequence[str]] = ("loss", "accuracy", "f1")
+
     @property
     def head(self) -> Literal["sequence-classification"]:
         """The ``transformers`` auto class to load."""

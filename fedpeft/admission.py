@@ -1,0 +1,70 @@
+"""What the server asks of a reply before it counts: nothing in it is taken on trust."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fedpeft.errors import WireError
+from fedpeft.plan import Plan
+from fedpeft.tables import Tables, limit
+from fedpeft.tensors import is_within, shapes_of
+from fedpeft.types import Population, Tensors, Update, Weights
+from fedpeft.wire import Message, unpack
+
+_LARGEST, _MOST_WORDS = 1e15, 300
+"""No honest update, loss or sum of rates is larger; no reason that is kept is longer."""
+
+
+def admit(
+    plan: Plan,
+    tables: Tables,
+    of: tuple[str, int],
+    client: str,
+    reply: Message | bytes,
+    population: Population,
+    weights: Weights,
+) -> Update:
+    """Decode a reply to the broadcast ``of`` (run, round). Raises ``WireError`` with the reason."""
+    if client not in weights.of:
+        raise WireError("reply from a client that was not asked")
+    expected = tables.up(of[1])
+    packet = unpack(reply, expected, limit(expected))
+    told = packet.header
+    if (told.get("run"), told.get("round")) != of:
+        raise WireError(f"reply belongs to run {told.get('run')}, round {told.get('round')}")
+    metrics, lr_sum = _report(told, *plan.trainer.budget(population[client]))
+    delta = plan.uplink.decode(packet.sections["adapter"], expected["adapter"])
+    extras = packet.sections.get("control", {})
+    if shapes_of(delta) != expected["adapter"] or shapes_of(extras) != expected.get("control", {}):
+        raise WireError("update has other names or shapes than the plan's adapter")
+    if any(value.dtype != np.float32 for value in extras.values()):
+        raise WireError("control variates are not float32")
+    _check_size(delta, extras)
+    return Update(client, delta, weights.of[client], lr_sum, extras, metrics)
+
+
+def printable(reason: str) -> str:
+    """Return a reason that may be shown and stored, whatever a client put into it."""
+    return "".join(c if c.isprintable() else "?" for c in reason)[:_MOST_WORDS]
+
+
+def _report(told: Any, steps: int, seen: int) -> tuple[dict[str, float], float]:
+    """Check what the client says of its work against what the plan lets it do."""
+    if "loss" not in told:
+        raise WireError("its loss is not finite: training diverged; lower lr")
+    for name, most in (("steps", steps), ("seen", seen)):
+        value = told.get(name)
+        if type(value) is not int or not 0 < value <= most:
+            raise WireError(f"reply reports {value!r} {name}, the plan allows 1 to {most}")
+    for name, least in (("lr_sum", 1 / _LARGEST), ("loss", 0.0)):
+        value = told.get(name)
+        if not isinstance(value, int | float) or not least <= value <= _LARGEST:
+            raise WireError(f"reply reports {value!r} as its {name}")
+    return {k: float(told[k]) for k in ("loss", "seen", "steps")}, float(told["lr_sum"])
+
+
+def _check_size(delta: Tensors, extras: Tensors) -> None:
+    if not (is_within(delta, _LARGEST) and is_within(extras, _LARGEST)):
+        raise WireError("update is not finite, or absurdly large: training diverged; lower lr")
