@@ -47,4 +47,5 @@ def size(shapes: Iterable[tuple[int, ...]]) -> int:
 
 def _squares(value: np.ndarray) -> float:
     flat = value.reshape(-1)
-    return float(np.dot(flat, flat)) if flat.size else 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.dot(flat, flat)) if flat.size else 0.0

@@ -102,6 +102,33 @@ def test_keep_best_and_patience(bert: Path) -> None:
     assert len(scores) == min(12, best + 3)
 
 
+def test_the_best_round_is_what_is_exported_and_reported(bert: Path, tmp_path: Path) -> None:
+    plan = support_plan(
+        bert, rounds=4, trainer="plain(lr=0.1, steps=3)", keep_best="test/loss", compare="base"
+    )
+    result = simulate(plan, out=tmp_path / "run")
+    losses = [line["test/loss"] for line in result.history]
+    best = min(losses)
+    assert best != losses[-1]
+    assert result.table["last"]["test/loss"] == best
+    assert result.table["rows"]["federated"]["loss"] == pytest.approx(best)
+    assert f"| test/loss | {best:.4f} |" in (tmp_path / "run/adapter/README.md").read_text()
+    assert (
+        f"after round {losses.index(best) + 1} " in (tmp_path / "run/adapter/README.md").read_text()
+    )
+
+
+def test_the_preview_is_what_the_run_sends(bert: Path) -> None:
+    from fedpeft.preview import preview
+
+    plan = support_plan(bert, rounds=3, eval_every=2, correction="none", uplink="half")
+    told, table = preview(plan)["bytes"], simulate(plan).table
+    messages = 3 * 4
+    assert abs(told["up_total"] - table["up_bytes"]) <= 40 * messages
+    assert abs(told["down_total"] - table["down_bytes"]) <= 40 * messages
+    assert abs(told["evaluation_total"] - table["eval_bytes"]) <= 40 * messages
+
+
 def test_keep_best_on_federated_loss(bert: Path) -> None:
     result = simulate(support_plan(bert, rounds=3, keep_best="clients/loss"))
     losses = [line["clients/loss"] for line in result.history]

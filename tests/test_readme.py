@@ -24,6 +24,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.findall(
+        r"\b[A-Z]{3,}_(?:TABLE|SECONDS|COMMANDS)\b|^FIGURES$", README, re.MULTILINE
+    )
+
+
 def test_the_plan_is_a_plan() -> None:
     for text in blocks("yaml"):
         plan = Plan.from_lines(yaml.safe_load(text))
