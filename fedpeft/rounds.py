@@ -147,7 +147,8 @@ def client_round(
     trained = {k: v.squeeze(0).cpu().numpy() for k, v in fit.params.items()}
     delta = {k: _minus(trained[k], got.tensors[k]) for k in up["adapter"]}
     sent = plan.uplink.encode(delta, derive(plan.seed, round, client, "uplink"))
-    arrived = plan.uplink.decode(sent, up["adapter"]) if plan.correction.remembers else delta
+    followed = plan.correction.remembers or "control" in up
+    arrived = plan.uplink.decode(sent, up["adapter"]) if followed else delta
     local = Local(got.tensors, arrived, got.extras, got.kept, fit.lr_sums[0])
     extras_up, corrected = plan.correction.client_update(local)
     sections = {"adapter": sent, **({"control": extras_up} if "control" in up else {})}
@@ -182,7 +183,7 @@ def server_round(
     used counts as zero and is named in the report.
     """
     control, refused, used = state.control, dict[str, str](), list[Update]()
-    up_bytes = 0
+    answered, up_bytes = set[str](), 0
     names = list(tables.up(state.round)["adapter"])
 
     def updates() -> Iterator[Update]:
@@ -192,8 +193,9 @@ def server_round(
                 if isinstance(reply, Exception):
                     raise WireError(str(reply))
                 up_bytes += len(reply) if isinstance(reply, bytes) else reply.nbytes
-                if client in refused or any(client == u.client for u in used):
+                if client in answered:
                     raise WireError("a second reply in one round")
+                answered.add(client)
                 update = admit(plan, tables, (run, state.round), client, reply, population, weights)
                 control = _corrected(plan, control, state.control, update, len(population))
             except WireError as error:

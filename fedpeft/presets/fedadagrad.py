@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fedpeft.presets._lines import local_sgd
 from fedpeft.spec import bounded, method
 
 
@@ -23,12 +24,7 @@ class FedAdagrad:
 
     def lines(self) -> Mapping[str, str]:
         """Return the lines."""
-        sgd = f"optimizer='sgd', lr={self.lr!r}, epochs={self.epochs}, batch={self.batch}"
         moments = f"beta1={self.beta1!r}, tau={self.tau!r}"
-        return {
-            "trainer": f"plain({sgd})",
-            "correction": "none",
-            "weighting": "uniform",
-            "aggregator": "mean",
-            "optimizer": f"adagrad(lr={self.server_lr!r}, {moments})",
+        return local_sgd(self.lr, self.epochs, self.batch, "uniform") | {
+            "optimizer": f"adagrad(lr={self.server_lr!r}, {moments})"
         }

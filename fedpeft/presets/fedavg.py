@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fedpeft.presets._lines import local_sgd
 from fedpeft.spec import bounded, method
 
 
@@ -22,11 +23,4 @@ class FedAvg:
 
     def lines(self) -> Mapping[str, str]:
         """Return the lines."""
-        sgd = f"optimizer='sgd', lr={self.lr!r}, epochs={self.epochs}, batch={self.batch}"
-        return {
-            "trainer": f"plain({sgd})",
-            "correction": "none",
-            "weighting": "examples",
-            "aggregator": "mean",
-            "optimizer": "sgd",
-        }
+        return local_sgd(self.lr, self.epochs, self.batch)

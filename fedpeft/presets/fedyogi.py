@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fedpeft.presets._lines import local_sgd
 from fedpeft.spec import bounded, method
 
 
@@ -24,12 +25,7 @@ class FedYogi:
 
     def lines(self) -> Mapping[str, str]:
         """Return the lines."""
-        sgd = f"optimizer='sgd', lr={self.lr!r}, epochs={self.epochs}, batch={self.batch}"
         moments = f"beta1={self.beta1!r}, beta2={self.beta2!r}, tau={self.tau!r}"
-        return {
-            "trainer": f"plain({sgd})",
-            "correction": "none",
-            "weighting": "uniform",
-            "aggregator": "mean",
-            "optimizer": f"yogi(lr={self.server_lr!r}, {moments})",
+        return local_sgd(self.lr, self.epochs, self.batch, "uniform") | {
+            "optimizer": f"yogi(lr={self.server_lr!r}, {moments})"
         }
