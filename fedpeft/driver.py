@@ -142,6 +142,8 @@ def simulate(
         asked = plan.comparisons if federation.splits.test is not None else ()
         if folder.finished and set(asked) <= set(folder.compared()):
             return _finished(plan, folder)
+        for text in folder.warnings:
+            watch.warn(text)
         with contextlib.closing(Site(plan, federation, device, texts)) as site:
             return drive(plan, site, Inline(site, folder.memories), folder, watch)
 

@@ -51,6 +51,7 @@ class RunFolder:
         self._lock = acquire(self.path, "run")
         try:
             self.run = self._take_up(inputs, resume=resume)
+            self.warnings = self._other_versions()
         except BaseException:
             os.close(self._lock)
             raise
@@ -161,6 +162,16 @@ class RunFolder:
         if known["digest"] != self.digest:
             raise RunError(f"{self.path}: {_difference(known, self.plan, inputs)}")
         return str(known["run"])
+
+    def _other_versions(self) -> list[str]:
+        """Say what differs from where the run began: its bits may differ then, too."""
+        then, now = self._read("versions.json") or {}, versions()
+        return [
+            f"the run began with {name} {then[name]}, goes on with {now.get(name)}: "
+            "the result may differ in its last bits"
+            for name in then
+            if then[name] != now.get(name)
+        ]
 
     def _recorded(self) -> bool:
         """Tell whether any round of this run is durable; without one it may begin anew."""

@@ -366,3 +366,14 @@ def test_a_table_there_is_only_at_the_end(tmp_path: Path) -> None:
             folder.result()
         folder.finish({"up_bytes": 3})
         assert folder.result() == {"up_bytes": 3}
+
+
+def test_another_number_of_threads_is_said(tmp_path: Path) -> None:
+    begun(tmp_path)
+    told = json.loads((tmp_path / "versions.json").read_text())
+    (tmp_path / "versions.json").write_text(json.dumps({**told, "threads": 99}))
+    with opened(tmp_path, resume=True) as folder:
+        (warning,) = folder.warnings
+    assert warning.startswith("the run began with threads 99, goes on with ")
+    with opened(tmp_path / "new") as folder:
+        assert folder.warnings == []

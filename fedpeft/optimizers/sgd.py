@@ -23,7 +23,8 @@ class Sgd:
         """Move along the velocity."""
         rate, keep = np.float32(self.lr), np.float32(self.momentum)
         if not self.momentum:
-            return {k: params[k] + rate * v for k, v in delta.items()}, slots
+            steps = delta if self.lr == 1 else {k: rate * v for k, v in delta.items()}
+            return {k: params[k] + v for k, v in steps.items()}, slots
         velocity = {k: keep * slots[k] + v for k, v in delta.items()}
         moved = {k: params[k] + rate * v for k, v in velocity.items()}
         return moved, {**slots, **velocity}
