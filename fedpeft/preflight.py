@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedpeft.errors import DataError, FedPeftError, ModelError, PlanError
 from fedpeft.federation import Federation, deal
+from fedpeft.models._locate import file_of, locate
 from fedpeft.models._outline import Outline, outline
 from fedpeft.plan import Plan
 from fedpeft.spec import nearest
@@ -90,3 +92,51 @@ def _warnings(plan: Plan, federation: Federation, shapes: Shapes, found: Outline
         yield "evaluate: there is no test set, so nothing is evaluated"
     if plan.comparisons and not tested:
         yield "compare: needs a test set, and the data line has none"
+
+
+def check_texts(plan: Plan, federation: Federation, limit: int) -> None:
+    """Have the task read every text, where one might be too long for the model.
+
+    For classification the tokenizer's own file counts the tokens, without torch. Raises
+    ``DataError`` naming split and row.
+    """
+    if getattr(plan.task, "max_length", None) is not None:
+        return  # what is too long is cut
+    tokenizer = _tokenizer(plan)
+    for name, rows in (("train", federation.splits.train), ("test", federation.splits.test or [])):
+        try:
+            if tokenizer is not None:
+                plan.task.encode(rows, tokenizer, limit, federation.classes)
+        except FedPeftError as error:
+            raise type(error)(f"data: {name}: {error}") from error
+
+
+def _tokenizer(plan: Plan) -> Any:
+    location = locate(plan.model)
+    path = file_of(location, "tokenizer.json")
+    if plan.task.head == "sequence-classification":
+        return None if path is None else _Counter(path)
+    from fedpeft.models._base import load_tokenizer
+
+    return load_tokenizer(plan.model)
+
+
+class _Counter:
+    """As much of a tokenizer as classification asks for, from the ``tokenizers`` library alone."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """Return how many tokens are added to a text or a pair."""
+        return int(self._tokenizer.num_special_tokens_to_add(pair))
+
+    def __call__(self, *texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+        """Tokenise texts, or pairs of them."""
+        inputs = list(texts[0]) if len(texts) == 1 else list(zip(*texts, strict=True))
+        found = self._tokenizer.encode_batch(inputs)
+        return {"input_ids": [e.ids for e in found], "token_type_ids": [e.type_ids for e in found]}

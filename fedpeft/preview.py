@@ -12,7 +12,7 @@ from fedpeft.evaluation import evaluated_clients
 from fedpeft.federation import Federation
 from fedpeft.models._outline import Outline
 from fedpeft.plan import Plan
-from fedpeft.preflight import check
+from fedpeft.preflight import check, check_texts
 from fedpeft.rounds import header, start
 from fedpeft.tables import Tables
 from fedpeft.tensors import size
@@ -39,6 +39,7 @@ def preview(plan: Plan) -> dict[str, Any]:
     """
     checked = check(plan)
     federation, found, shapes = checked.federation, checked.outline, checked.shapes
+    check_texts(plan, federation, found.limit)
     population = federation.population
     tables = Tables(plan, shapes)
     down, up = _down(plan, tables), _up(plan, tables)

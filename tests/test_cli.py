@@ -114,6 +114,24 @@ MISTAKES: list[tuple[list[str], str]] = [
 ]
 
 
+@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize("task", ["classify", "causal_lm"])
+def test_a_text_too_long_is_refused_before_anything_is_written(
+    fedpeft: Run, bert: Path, llama: Path, tmp_path: Path, command: str, task: str
+) -> None:
+    lines = support_lines(bert if task == "classify" else llama, task=task, partition="iid")
+    rows = Path(lines["data"].split("'")[1]).read_text().splitlines()
+    long = json.dumps({**json.loads(rows[3]), "text": "refund " * 400})
+    (tmp_path / "long.jsonl").write_text("\n".join([*rows[:3], long, *rows[4:]]))
+    path, out = tmp_path / "plan.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump({**lines, "data": "jsonl(train='long.jsonl')"}))
+    path.write_text(path.read_text().replace("long.jsonl", str(tmp_path / "long.jsonl")))
+    code, _, err = fedpeft(command, path, *(["--out", out] if command == "run" else []))
+    assert code == 2
+    assert re.fullmatch(r"error: data: train: row 4 .* max_length=128 .*\n", err), err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(("lines", "message"), MISTAKES)
 @pytest.mark.parametrize("command", ["plan", "run"])
 def test_mistakes_are_one_line(
