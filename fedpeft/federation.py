@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.errors import DataError, FedPeftError, PlanError
+from fedpeft.errors import DataError, FedPeftError, PlanError, RunError
 from fedpeft.plan import Plan
 from fedpeft.rng import derive
-from fedpeft.types import Population, Splits
+from fedpeft.types import Population, Row, Splits
 
 
-@dataclass(frozen=True, slots=True)
+class Dealt(Mapping[str, NDArray[np.int64]]):
+    """Client name to row numbers, all of them in one array."""
+
+    def __init__(self, places: Mapping[str, int], parts: Iterable[NDArray[np.int64]]) -> None:
+        held = list(parts)
+        self._places = places
+        self._offsets = np.cumsum([0, *map(len, held)], dtype=np.int64)
+        self._rows = np.concatenate([np.zeros(0, np.int64), *held])
+
+    def __getitem__(self, client: str) -> NDArray[np.int64]:
+        at = self._places[client]
+        return self._rows[self._offsets[at] : self._offsets[at + 1]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+@dataclass(frozen=True)
 class Federation:
     """Row numbers of every client: those it trains on and those held out for evaluation."""
 
@@ -23,10 +45,33 @@ class Federation:
     train: Mapping[str, NDArray[np.int64]]
     held: Mapping[str, NDArray[np.int64]]
 
-    @property
+    @cached_property
     def population(self) -> Population:
         """Every client with its number of training records."""
         return {client: len(rows) for client, rows in self.train.items()}
+
+    def without_rows(self) -> Federation:
+        """Return what is needed once the texts are tokenised: small, and cheap to pickle."""
+        train, test = self.splits.train, self.splits.test
+        let_go = replace(
+            self.splits,
+            train=_LetGo(len(train)),
+            test=None if test is None else _LetGo(len(test)),
+        )
+        return replace(self, splits=let_go)
+
+
+@dataclass(frozen=True, slots=True)
+class _LetGo(Sequence[Row]):
+    """As many rows as there were."""
+
+    records: int
+
+    def __len__(self) -> int:
+        return self.records
+
+    def __getitem__(self, i: Any) -> NoReturn:
+        raise RunError("the rows were let go once they were tokenised; deal the plan again")
 
 
 def deal(plan: Plan) -> Federation:
@@ -52,10 +97,9 @@ def deal(plan: Plan) -> Federation:
             f"keep_best: {plan.keep_best} needs a test set, and the data line has none; "
             "add test=..., or keep the best by a clients/ metric"
         )
-    train, held = {}, {}
-    for client in sorted(dealt):
-        train[client], held[client] = _hold_out(plan, client, dealt[client])
-    return Federation(splits, classes, train, held)
+    places = {client: place for place, client in enumerate(sorted(dealt))}
+    train, held = zip(*(_hold_out(plan, client, dealt[client]) for client in places), strict=True)
+    return Federation(splits, classes, Dealt(places, train), Dealt(places, held))
 
 
 def _hold_out(

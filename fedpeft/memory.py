@@ -7,22 +7,28 @@ acknowledged before that, for a server that goes back to its last checkpoint but
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from fedpeft.durable import fault, make_folder
 from fedpeft.errors import RunError
-from fedpeft.tensor_file import read_tensor_file, write_tensor_file
+from fedpeft.tensor_file import read_tensor_file, tensor_bytes
 from fedpeft.tensors import prefixed, select
 from fedpeft.types import Tensors
 
 NEVER = -1
 """The acknowledgement a client gets before any of its replies was used."""
+_AT_ONCE = 8
+"""Files waiting for the disk together: it writes them in fewer turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,10 @@ class MemoryStore(Protocol):
         """Keep it."""
         ...
 
+    def settle(self, clients: Iterable[str]) -> None:
+        """Make what was saved for ``clients``, by any process, outlive a power cut."""
+        ...
+
 
 class InProcess:
     """Memories that end with the process."""
@@ -77,32 +87,107 @@ class InProcess:
         """Keep it."""
         self._held[client] = memory
 
+    def settle(self, clients: Iterable[str]) -> None:
+        """Do nothing."""
+
 
 class OnDisk:
-    """One file per client, replaced atomically."""
+    """One file per client, replaced atomically.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    What is saved outlives its process at once. It outlives a power cut, too, unless ``deferred``:
+    then only once it is settled, all clients of a round together, which takes a fraction of the
+    time. Until then it lies in a second file, so that the settled one stays whole; whoever
+    acknowledges a round settles it first.
+    """
+
+    def __init__(self, folder: Path, *, deferred: bool = False) -> None:
+        self.folder, self.deferred = folder, deferred
 
     def load(self, client: str) -> Memory:
         """Return a client's memory. Raises ``RunError`` where its file is damaged."""
-        path = self._path(client)
-        if not path.exists():
-            return Memory()
+        settled, pending = self._paths(client)
         remedy = "restore the client's memory or start a new run"
-        held, note = read_tensor_file(path, remedy)
+        held, note = None, dict[str, Any]()
+        if pending.exists():
+            try:
+                held, note = read_tensor_file(pending, remedy)
+            except RunError:  # cut short by a power cut: nobody has relied on it, nor ever must
+                pending.unlink(missing_ok=True)
+        if held is None and settled.exists():
+            held, note = read_tensor_file(settled, remedy)
+        if held is None:
+            return Memory()
         return Memory({int(version): select(held, version) for version in note["versions"]})
 
     def save(self, client: str, memory: Memory) -> None:
-        """Keep it; an empty memory needs no file."""
+        """Keep it; an empty memory needs no file. Raises ``RunError`` where the disk is full."""
         flat: dict[str, NDArray[Any]] = {}
         for version, tensors in memory.versions.items():
             flat |= prefixed(str(version), tensors)
-        if memory.versions:
-            note = {"versions": [str(version) for version in memory.versions]}
-            write_tensor_file(self._path(client), flat, note, "memory")
+        if not memory.versions:
+            return
+        note = {"versions": [str(version) for version in memory.versions]}
+        _, pending = self._paths(client)
+        with _writing(pending):
+            if not self.folder.is_dir():
+                make_folder(self.folder)
+            _write(pending, tensor_bytes(flat, note))
+        if not self.deferred:
+            self.settle([client])
 
-    def _path(self, client: str) -> Path:
+    def settle(self, clients: Iterable[str]) -> None:
+        """Make what was saved for ``clients``, by any process, outlive a power cut.
+
+        Raises ``RunError`` where the disk fails.
+        """
+        paths = [self._paths(client) for client in clients]
+        paths = [(settled, pending) for settled, pending in paths if pending.exists()]
+        if not paths:
+            return
+        with _writing(self.folder):
+            with ThreadPoolExecutor(min(_AT_ONCE, len(paths))) as pool:
+                for _ in pool.map(_sync, [pending for _, pending in paths]):
+                    fault("memory.synced")
+            for settled, pending in paths:
+                os.replace(pending, settled)
+                fault("memory.renamed")
+            _sync(self.folder)
+            for _ in paths:
+                fault("memory.settled")
+
+    def _paths(self, client: str) -> tuple[Path, Path]:
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", client)[:60]
         digest = hashlib.blake2b(client.encode(), digest_size=6).hexdigest()
-        return self._folder / f"{plain}-{digest}.safetensors"
+        name = self.folder / f"{plain}-{digest}"
+        return name.with_name(f"{name.name}.safetensors"), name.with_name(f"{name.name}.pending")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace ``path``, in the order of ``durable.MOMENTS`` but without waiting for the disk."""
+    temporary = path.with_name(f".{path.name}.new")
+    half = len(data) // 2
+    fault("memory.begun")
+    with temporary.open("wb") as file:
+        file.write(data[:half])
+        file.flush()
+        fault("memory.half")
+        file.write(data[half:])
+    fault("memory.written")
+    os.replace(temporary, path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"{path}: cannot be written ({reason}); continue with --resume") from error

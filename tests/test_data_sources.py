@@ -7,7 +7,9 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
@@ -106,6 +108,32 @@ def test_an_empty_test_file_is_refused(write: Write) -> None:
     source = Jsonl(train=write("a.jsonl", LINES), test=write("b.jsonl", ""))
     with pytest.raises(DataError, match=r"b.jsonl: the file holds no records; take it out of test"):
         source.load()
+
+
+def test_records_are_read_off_the_text_when_asked_for(write: Write) -> None:
+    text = ' {"a": 1}\r\n\n\t{"a": "\u2028\u00e4"} \n{"a": [2.5, null]}'
+    whole = [{"a": 1}, {"a": "\u2028\u00e4"}, {"a": [2.5, None]}]
+    rows = Jsonl(train=f"{write('a.jsonl', text)},{write('b.jsonl', text)}").load().train
+    for found in (rows, pickle.loads(pickle.dumps(rows))):
+        assert found == [*whole, *whole]
+        assert found != whole
+        assert len(found) == 6
+        assert [found[i] for i in range(-6, 6)] == [*whole] * 4
+        assert found[1:-1:2] == [whole[1], whole[0]]
+        assert list(reversed(found)) == [*whole[::-1], *whole[::-1]]
+        for wrong in (6, -7):
+            with pytest.raises(IndexError):
+                _ = found[wrong]
+
+
+def test_records_take_little_more_than_their_text(write: Write) -> None:
+    name = write("a.jsonl", '{"text": "a few words", "label": 1}\n' * 20_000)
+    tracemalloc.start()
+    rows = Jsonl(train=name).load().train
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(rows) == 20_000
+    assert held < 20_000 * (36 + 20)
 
 
 # --- csv -----------------------------------------------------------------------------------------
@@ -238,6 +266,12 @@ def test_the_fingerprint_is_of_bytes_in_order_not_of_paths(write: Write) -> None
     assert digest("a", "b") == expected == digest("sub/c", "b")
     others = [digest("a,b"), digest("b,a"), digest("d"), digest("a"), digest("b", "a")]
     assert len({expected, *others}) == 6
+
+
+def test_the_fingerprint_tells_delimiters_apart(write: Write) -> None:
+    name = write("a.csv", "a,b;c\n1,2;3\n")
+    found = {Csv(train=name, delimiter=each).load().fingerprint for each in ",;"}
+    assert len(found) == 2
 
 
 def test_the_fingerprint_of_rows_ignores_the_order_of_columns() -> None:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import pickle
+import tempfile
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +87,11 @@ def test_a_server_may_die_in_a_round_and_go_back_one_checkpoint(events: list[str
             checkpoints = [checkpoints[-1], after]
 
 
-@pytest.fixture(params=["in process", "on disk"])
+@pytest.fixture(params=["in process", "on disk", "deferred"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> InProcess | OnDisk:
-    return InProcess() if request.param == "in process" else OnDisk(tmp_path / "memory")
+    if request.param == "in process":
+        return InProcess()
+    return OnDisk(tmp_path / "memory", deferred=request.param == "deferred")
 
 
 def test_a_client_without_memory_has_an_empty_one(store: InProcess | OnDisk) -> None:
@@ -166,3 +172,95 @@ def test_a_damaged_file_is_refused_and_left_alone(tmp_path: Path, damage: str) -
     with pytest.raises(RunError, match=message):
         disk.load("anna")
     assert path.read_bytes() == broken
+
+
+# --- memories that wait to be settled ------------------------------------------------------------
+
+CLIENTS = ("anna", "bert")
+moves = st.lists(
+    st.tuples(
+        st.sampled_from(["saved", "settled", "killed", "power cut"]),
+        st.sampled_from(CLIENTS),
+        st.integers(0, 400),
+    ),
+    max_size=12,
+)
+
+
+@settings(deadline=None)
+@given(moves)
+def test_what_is_settled_outlives_a_power_cut(moves: list[tuple[str, str, int]]) -> None:
+    """After one, what was not settled may be there in part, or not at all."""
+    saved, settled = dict[str, float](), dict[str, float]()
+    with tempfile.TemporaryDirectory() as folder:
+        disk = OnDisk(Path(folder), deferred=True)
+        for number, (move, client, length) in enumerate(moves):
+            if move == "saved":
+                disk.save(client, Memory({number: named(number)}))
+                saved[client] = number
+            elif move == "settled":  # by whom did not save
+                OnDisk(Path(folder)).settle([client, "charles"])
+                settled |= {c: v for c, v in saved.items() if c == client}
+            elif move == "killed":
+                disk = OnDisk(Path(folder), deferred=True)
+            else:
+                saved = dict(settled)
+                for path in Path(folder).glob("*.pending"):
+                    whole = path.read_bytes()
+                    path.write_bytes(whole[: min(length, len(whole) - 1)])
+            for client in CLIENTS:
+                found = [value(tensors) for tensors in disk.load(client).versions.values()]
+                assert found == ([saved[client]] if client in saved else [])
+
+
+def test_settling_leaves_one_file_for_each_client(tmp_path: Path) -> None:
+    disk = OnDisk(tmp_path, deferred=True)
+    for client in CLIENTS:
+        disk.save(client, Memory({0: named(0)}))
+    assert {p.suffix for p in tmp_path.iterdir()} == {".pending"}
+    for _ in range(2):
+        disk.settle([*CLIENTS, "charles"])
+        assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors"}
+    disk.settle([])
+    OnDisk(tmp_path / "nowhere").settle(CLIENTS)
+
+
+def test_processes_save_and_one_settles(tmp_path: Path) -> None:
+    disk = pickle.loads(pickle.dumps(OnDisk(tmp_path, deferred=True)))
+    names = [f"client-{i}" for i in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: disk.save(name, Memory({0: named(len(name))})), names))
+    OnDisk(tmp_path).settle(names)
+    assert len(list(tmp_path.iterdir())) == 40
+    assert all(disk.load(name) != Memory() for name in names)
+
+
+def test_a_disk_that_takes_nothing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for disk in (OnDisk(tmp_path / "file"), OnDisk(tmp_path / "file" / "below", deferred=True)):
+        with pytest.raises(RunError, match=r"cannot be written .*; continue with --resume"):
+            disk.save("anna", Memory({0: named(0)}))
+
+
+@pytest.mark.parametrize("numbers", [10, 1_000_000])
+def test_what_was_loaded_is_not_changed_by_what_is_saved(tmp_path: Path, numbers: int) -> None:
+    disk = OnDisk(tmp_path)
+    disk.save("anna", Memory({0: {"x": np.full(numbers, 1.0)}}))
+    before = disk.load("anna")
+    disk.save("anna", before.after(0, 1, {"x": np.full(numbers, 2.0)}))
+    assert (before.versions[0]["x"] == 1).all()
+    assert [float(v["x"][-1]) for v in disk.load("anna").versions.values()] == [1.0, 2.0]
+
+
+def test_large_memories_are_mapped_not_copied(tmp_path: Path) -> None:
+    disk = OnDisk(tmp_path, deferred=True)
+    for i in range(20):
+        disk.save(str(i), Memory({0: {"x": np.full(1_000_000, float(i))}}))
+    tracemalloc.start()
+    held = [disk.load(str(i)) for i in range(20)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000, "of 160 million bytes"
+    assert [float(memory.versions[0]["x"][7]) for memory in held] == list(range(20))
+    with pytest.raises(ValueError, match="read-only"):
+        np.asarray(held[0].versions[0]["x"])[0] = 1

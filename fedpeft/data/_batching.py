@@ -9,6 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import DataError
+from fedpeft.types import Example
+
+
+def length(example: Example) -> int:
+    """Return how many tokens a record has; 1 for one that is not made of tokens."""
+    return len(example["input_ids"]) if "input_ids" in example else 1
+
+
+def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
+    """Return how many tokens each record has, without reading them where that is known."""
+    known = getattr(examples, "lengths", None)
+    return [length(example) for example in examples] if known is None else known.tolist()
 
 
 def batches(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedpeft.errors import DataError, SpecError
 from fedpeft.types import Row, Splits
@@ -21,6 +21,7 @@ from fedpeft.types import Row, Splits
 FOLDER_VARIABLE = "FEDPEFT_DATA"
 DEFAULT_FOLDER = "../shared/data"
 _GZIP_MAGIC = b"\x1f\x8b"
+_Rows = TypeVar("_Rows", bound=Sequence[Row])
 
 
 def check_paths(method: str, **given: str | None) -> None:
@@ -36,18 +37,25 @@ def check_paths(method: str, **given: str | None) -> None:
             )
 
 
-def load(parse: Callable[[Path, str], list[Row]], train: str, test: str | None) -> Splits:
-    """Read the files of both splits with ``parse``, which gets a path and its text.
+def load(
+    parse: Callable[[Path, bytes], _Rows],
+    join: Callable[[Sequence[_Rows]], _Rows],
+    train: str,
+    test: str | None,
+) -> Splits:
+    """Read the files of both splits with ``parse``, which gets a path and its text in UTF-8.
 
-    A gzip'd file is known by its first bytes, whatever its name. The fingerprint is the sha256 of
-    the files' bytes, in order, with each split's name and each file's length before it.
+    ``join`` makes one split of the rows of its files. A gzip'd file is known by its first bytes,
+    whatever its name. The fingerprint is the sha256 of the files' bytes, in order, with each
+    split's name and each file's length before it.
     Raises ``DataError`` where a file is missing, unreadable, not UTF-8, damaged or empty.
     """
     given = {"train": train} if test is None else {"train": train, "test": test}
     paths = {split: [find(name) for name in _names(value)] for split, value in given.items()}
-    rows: dict[str, list[Row]] = {split: [] for split in paths}
+    rows: dict[str, _Rows] = {}
     digest = hashlib.sha256()
     for split, files in paths.items():
+        parts: list[_Rows] = []
         digest.update(f"{split}\n".encode())
         for path in files:
             raw = _read(path)
@@ -56,7 +64,8 @@ def load(parse: Callable[[Path, str], list[Row]], train: str, test: str | None) 
             found = parse(path, _text(path, raw))
             if not found:
                 raise DataError(f"{path}: the file holds no records; take it out of {split}")
-            rows[split] += found
+            parts.append(found)
+        rows[split] = parts[0] if len(parts) == 1 else join(parts)
     return Splits(train=rows["train"], test=rows.get("test"), fingerprint=digest.hexdigest())
 
 
@@ -113,7 +122,7 @@ def _read(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its rights") from error
 
 
-def _text(path: Path, raw: bytes) -> str:
+def _text(path: Path, raw: bytes) -> bytes:
     if raw.startswith(_GZIP_MAGIC):
         try:
             raw = gzip.decompress(raw)
@@ -121,12 +130,13 @@ def _text(path: Path, raw: bytes) -> str:
             raise DataError(f"{path}: damaged gzip data ({error}); copy it again") from error
     raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
-        return raw.decode("utf-8")
+        raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
             f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
         ) from None
+    return raw
 
 
 def _canonical(rows: Iterable[Row]) -> Iterator[bytes]:

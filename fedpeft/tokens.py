@@ -1,0 +1,161 @@
+"""Tokenised records in flat arrays: examples are made when asked for, lengths without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.types import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One field of all records: the numbers of record i are ``values[offsets[i]:offsets[i + 1]]``.
+
+    Without ``offsets`` every record has a single number, ``values[i]``. ``values`` are of the
+    smallest integer type that holds them, little-endian.
+    """
+
+    values: NDArray[Any]
+    offsets: NDArray[np.int64] | None
+
+    def at(self, i: int) -> NDArray[np.int64]:
+        """Return what record ``i`` has, as an array of its own."""
+        if self.offsets is None:
+            return np.array(self.values[i], np.int64)
+        return self.values[self.offsets[i] : self.offsets[i + 1]].astype(np.int64)
+
+
+class Tokens(Sequence[Example]):
+    """Records in flat arrays. An example is made anew each time it is asked for.
+
+    ``again``, a function and its arguments, is what another process calls in place of being sent
+    the arrays: for those that are files.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, Column],
+        records: int,
+        again: tuple[Callable[..., Tokens], tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.columns, self._records, self._again = columns, records, again
+
+    def __len__(self) -> int:
+        return self._records
+
+    @overload
+    def __getitem__(self, i: int) -> Example: ...
+    @overload
+    def __getitem__(self, i: slice) -> Rows: ...
+    def __getitem__(self, i: int | slice) -> Example | Rows:
+        if isinstance(i, slice):
+            return self.rows(np.arange(self._records)[i])
+        at = range(self._records)[i]
+        return {name: column.at(at) for name, column in self.columns.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._again or (Tokens, (self.columns, self._records))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """The number of tokens of each record [N]; no token is read."""
+        return self.lengths_of(slice(None))
+
+    def lengths_of(self, rows: NDArray[np.int64] | slice) -> NDArray[np.int64]:
+        """Return the number of tokens of some records."""
+        offsets = self.columns["input_ids"].offsets if self.columns else np.zeros(1, np.int64)
+        if offsets is None:
+            return np.ones(self._records, np.int64)[rows]
+        return np.asarray(offsets[1:][rows] - offsets[:-1][rows])
+
+    def rows(self, rows: NDArray[np.int64]) -> Rows:
+        """Return a view of some records, in the order of ``rows``."""
+        return Rows(self, rows)
+
+
+class Rows(Sequence[Example]):
+    """Some records of ``tokens``. Examples are kept once made: trainers ask for them repeatedly."""
+
+    def __init__(self, tokens: Tokens, rows: NDArray[np.int64]) -> None:
+        self._tokens, self._rows = tokens, rows
+        self._made: dict[int, Example] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, i: int) -> Example: ...
+    @overload
+    def __getitem__(self, i: slice) -> Rows: ...
+    def __getitem__(self, i: int | slice) -> Example | Rows:
+        if isinstance(i, slice):
+            return Rows(self._tokens, self._rows[i])
+        at = range(len(self._rows))[i]
+        made = self._made.get(at)
+        if made is None:
+            made = self._made[at] = self._tokens[int(self._rows[at])]
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rows, (self._tokens, self._rows)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """The number of tokens of each record [N]; no token is read."""
+        return self._tokens.lengths_of(self._rows)
+
+
+def pack(pieces: Iterable[Sequence[Example]]) -> Tokens | None:
+    """Lay examples out in flat arrays, piece by piece.
+
+    ``None`` where they are not what ``Example`` says: other fields in each, no ``input_ids``, or
+    values that are no integers in one dimension at most.
+    """
+    columns: dict[str, list[Column]] = {}
+    records = 0
+    for piece in filter(len, pieces):
+        names = columns or dict.fromkeys(piece[0])
+        if "input_ids" not in names or any(example.keys() != names.keys() for example in piece):
+            return None
+        for name in names:
+            column = _column([np.asarray(example[name]) for example in piece])
+            if column is None:
+                return None
+            columns.setdefault(name, []).append(column)
+        records += len(piece)
+    if any(len({column.offsets is None for column in parts}) > 1 for parts in columns.values()):
+        return None
+    return Tokens({name: _joined(parts) for name, parts in columns.items()}, records)
+
+
+def _column(arrays: Sequence[NDArray[Any]]) -> Column | None:
+    """Return the arrays as one column whose offsets are still lengths."""
+    dimensions = {array.ndim for array in arrays}
+    if dimensions not in ({0}, {1}) or any(array.dtype.kind not in "iub" for array in arrays):
+        return None
+    if dimensions == {0}:
+        return Column(_smallest(np.array(arrays, np.int64)), None)
+    lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
+    return Column(_smallest(np.concatenate(arrays).astype(np.int64)), lengths)
+
+
+def _smallest(values: NDArray[np.int64]) -> NDArray[Any]:
+    low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
+    least = np.min_scalar_type(high if low >= 0 else min(low, -1 - high))
+    if least == np.uint64:  # which has no integer type in common with negative numbers
+        least = np.dtype(np.int64)
+    return values.astype(least.newbyteorder("<"))
+
+
+def _joined(parts: Sequence[Column]) -> Column:
+    values = np.concatenate([part.values for part in parts])
+    values = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    lengths = [part.offsets for part in parts if part.offsets is not None]
+    if not lengths:
+        return Column(values, None)
+    return Column(values, np.concatenate([[0], np.cumsum(np.concatenate(lengths))]))
