@@ -1,0 +1,187 @@
+"""Gradients of single records, their norms and clipped sums, in passes of many records at once.
+
+Every record is treated as a client of its own, so the pass over a shared base that gives K clients
+their gradients gives each record its own. A record's gradient is that of its unweighted loss, with
+dropout off; ``batch.weights`` only say which rows are records (not 0) and which merely fill up
+their client's share (0). Nothing here adds noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedpeft.errors import ModelError, SpecError
+from fedpeft.types import Batch, Learner, Stacked
+
+CHUNK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Clipped:
+    """Sums [K, ...] of clipped gradients; norms before clipping and losses of the records [K * b].
+
+    Adding or removing one record of a client moves its sums by at most the clipping norm, in the
+    L2 norm over all tensors jointly and to rounding; replacing one, by at most twice as much. Norms
+    (float64) and losses (nats) have no such bound: they are not to leave the client as they are.
+    """
+
+    sums: Stacked
+    norms: torch.Tensor
+    losses: torch.Tensor
+
+
+def gradients(
+    learner: Learner, params: Stacked, fixed: Stacked, batch: Batch, *, chunk: int = CHUNK
+) -> tuple[Stacked, torch.Tensor]:
+    """Return each record's gradient [K * b, ...] and loss [K * b] in nats.
+
+    ``params`` and ``fixed`` [K, ...] are those of the K clients whose records ``batch`` holds.
+    Up to ``chunk`` records share a pass, fewer where the adapter takes fewer; that changes results
+    by rounding only. A row that fills up has a gradient of exactly zero, and a loss that means
+    nothing. Raises ``SpecError`` for a ``chunk`` below 1 and ``ModelError`` where rows cannot be
+    dealt evenly to the clients.
+    """
+    rows = len(batch.weights)
+    found = {name: value.new_empty(rows, *value.shape[1:]) for name, value in params.items()}
+    losses = [batch.weights.new_empty(0)]
+    for part in _parts(learner, params, fixed, batch, chunk):
+        losses.append(part.losses)
+        for name, grad in part.grads.items():
+            found[name][part.rows] = _kept(grad, part.real)
+    return found, torch.cat(losses)
+
+
+def norms(
+    learner: Learner, params: Stacked, fixed: Stacked, batch: Batch, *, chunk: int = CHUNK
+) -> torch.Tensor:
+    """Return the L2 norm of each record's gradient over all tensors jointly, float64 [K * b].
+
+    Arguments and errors as of :func:`gradients`; only ``chunk`` gradients are held at a time. They
+    are formed, unlike in Goodfellow 2015 (Efficient Per-Example Gradient Computations, arXiv
+    1510.01799): an adapter's are small beside the activations that such formulas multiply.
+    """
+    found = [batch.weights.new_empty(0, dtype=torch.float64)]
+    found += [_norms(part) for part in _parts(learner, params, fixed, batch, chunk)]
+    return torch.cat(found)
+
+
+def clipped_sums(
+    learner: Learner,
+    params: Stacked,
+    fixed: Stacked,
+    batch: Batch,
+    *,
+    clip: float,
+    chunk: int = CHUNK,
+) -> Clipped:
+    """Sum each client's gradients, every record's scaled by ``min(1, clip / norm)``.
+
+    Abadi et al. 2016, Deep Learning with Differential Privacy (arXiv 1607.00133), algorithm 1
+    without the noise. ``clip`` bounds the L2 norm over all tensors jointly, in the gradients' unit
+    (nats per unit of a parameter). Other arguments and errors as of :func:`gradients`, and
+    ``SpecError`` where ``clip`` is not positive and finite. No record gives a sum of zero.
+
+    A record whose norm is not finite contributes zero, and its norm says so. That is decided by
+    the record alone and stays within the bound, so the sensitivity holds; an error would show
+    whoever sees it that one record is there, and no noise covers that.
+    """
+    if not 0 < clip < float("inf"):
+        raise SpecError(f"per_example: clip={clip} must be above 0 and finite")
+    exact = torch.float64  # in float32 a factor that underflows would let a gradient exceed clip
+    sums = {name: value.new_zeros(value.shape, dtype=exact) for name, value in params.items()}
+    lengths = [batch.weights.new_empty(0, dtype=exact)]
+    losses = [batch.weights.new_empty(0)]
+    for part in _parts(learner, params, fixed, batch, chunk):
+        own = _norms(part)
+        factors, usable = (clip / own).clamp(max=1.0), part.real & own.isfinite()
+        clients = part.clients.stop - part.clients.start
+        for name, grad in part.grads.items():
+            scaled = _kept(grad * _column(factors, grad), usable)
+            sums[name][part.clients] += scaled.reshape(clients, -1, *grad.shape[1:]).sum(1)
+        lengths.append(own)
+        losses.append(part.losses)
+    rounded = {name: value.to(params[name].dtype) for name, value in sums.items()}
+    return Clipped(rounded, torch.cat(lengths), torch.cat(losses))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Consecutive ``rows``, equally many of each of ``clients``, and which of them are records."""
+
+    clients: slice
+    rows: slice
+    real: torch.Tensor
+    grads: Stacked
+    losses: torch.Tensor
+
+
+def _parts(
+    learner: Learner, params: Stacked, fixed: Stacked, batch: Batch, chunk: int
+) -> Iterator[_Part]:
+    for clients, rows in _cuts(learner, params, batch, chunk):
+        each = (rows.stop - rows.start) // (clients.stop - clients.start)
+        part = _taken(batch, rows)
+        real = part.weights != 0
+        part = replace(part, weights=real.to(part.weights.dtype))
+        own, shared = _repeated(params, clients, each), _repeated(fixed, clients, each)
+        grads, losses = learner.grads(own, shared, part)
+        yield _Part(clients, rows, real, grads, losses)
+
+
+def _cuts(
+    learner: Learner, params: Stacked, batch: Batch, chunk: int
+) -> Iterator[tuple[slice, slice]]:
+    """Cut into passes, in order: whole clients where ``chunk`` holds them, else parts of one."""
+    if chunk < 1:
+        raise SpecError(f"per_example: chunk={chunk} must be at least 1")
+    attached = getattr(learner, "attached", None)
+    chunk = min(chunk, getattr(attached, "max_group", None) or chunk)
+    clients, rows = len(next(iter(params.values()))), len(batch.weights)
+    each, left = divmod(rows, clients)
+    if left:
+        raise ModelError(f"per_example: {rows} rows cannot be dealt evenly to {clients} clients")
+    wide, deep = max(1, chunk // max(each, 1)), min(each, chunk)
+    for first in range(0, clients if rows else 0, wide):
+        last = min(first + wide, clients)
+        for start in range(0, each, deep):
+            stop = min(start + deep, each)
+            yield slice(first, last), slice(first * each + start, (last - 1) * each + stop)
+
+
+def _taken(batch: Batch, rows: slice) -> Batch:
+    return replace(
+        batch,
+        inputs={name: value[rows] for name, value in batch.inputs.items()},
+        labels=batch.labels[rows],
+        weights=batch.weights[rows],
+        lengths=batch.lengths[rows],
+    )
+
+
+def _repeated(stacked: Stacked, clients: slice, each: int) -> Stacked:
+    """Repeat every client's tensors for its records; a view for one client or one record each."""
+    return {
+        name: value[clients].unsqueeze(1).expand(-1, each, *value.shape[1:]).flatten(0, 1)
+        for name, value in stacked.items()
+    }
+
+
+def _norms(part: _Part) -> torch.Tensor:
+    """Return norms [n] in float64, where squares of large float32 entries do not overflow."""
+    each = [
+        torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=torch.float64)
+        for grad in part.grads.values()
+    ]
+    return _kept(torch.linalg.vector_norm(torch.stack(each), dim=0), part.real)
+
+
+def _kept(value: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Return ``value`` [n, ...] with zeros in the other rows, whatever is in them."""
+    return torch.where(_column(where, value), value, 0.0)
+
+
+def _column(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return value.reshape(-1, *[1] * (like.dim() - 1))
