@@ -21,7 +21,7 @@ from flwr.clientapp import ClientApp
 
 import fedpeft
 from fedpeft.errors import RunError, WireError
-from fedpeft.evaluation import client_evaluation
+from fedpeft.evaluation import group_evaluation
 from fedpeft.federation import Federation, deal
 from fedpeft.flower import (
     Hello,
@@ -35,7 +35,7 @@ from fedpeft.flower import (
 from fedpeft.flower_config import Settings, home, read_config
 from fedpeft.memory import Memory, OnDisk
 from fedpeft.plan import Plan
-from fedpeft.rounds import client_round
+from fedpeft.rounds import Asked, client_round
 from fedpeft.site import Site
 from fedpeft.types import Scalar
 from fedpeft.wire import peek
@@ -100,7 +100,8 @@ def evaluate(message: Message, context: Context) -> Message:
             return metrics_record({})
         packet = read_packet(message.content)
         memory = OnDisk(_memory(packet)).load(client) if site.tables.remembers else Memory()
-        return metrics_record(client_evaluation(plan, site, held, client, packet, memory))
+        (metrics,) = group_evaluation(plan, site, [Asked(client, packet, memory)], [held])
+        return metrics_record(metrics)
 
     return answer(message, make)
 

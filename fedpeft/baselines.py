@@ -36,7 +36,7 @@ def compare(
     seen = sum(int(line.get("seen", 0)) for line in history)
     clients = len(site.federation.train)
     makers: dict[str, Callable[[], Metrics]] = {
-        "base": lambda: site.learner.evaluate(site.initial, examples),
+        "base": lambda: _score(site, site.initial),
         "alone": lambda: _alone(plan, site, max(1, seen // clients), tell),
         "central": lambda: _central(plan, site, max(1, seen), tell),
     }
@@ -45,7 +45,7 @@ def compare(
         if name in rows or not (name == "federated" or name in plan.comparisons):
             continue
         if name == "federated":
-            rows[name] = site.learner.evaluate(federated, examples)
+            rows[name] = _score(site, federated)
         else:
             rows[name] = makers[name]()
         if keep:
@@ -65,14 +65,18 @@ def _alone(plan: Plan, site: Site, seen: int, tell: Tell) -> Metrics:
             ("alone", client),
             lambda n, i=i: tell("alone", i * seen + n, len(names) * seen),  # type: ignore[misc]
         )
-        found[client] = site.learner.evaluate(tensors, site.test())
+        found[client] = _score(site, tensors)
     return summarise(found)
 
 
 def _central(plan: Plan, site: Site, seen: int, tell: Tell) -> Metrics:
     pooled = [example for client in site.federation.train for example in site.train(client)]
     tensors = _train(plan, site, pooled, seen, ("central",), lambda n: tell("central", n, seen))
-    return site.learner.evaluate(tensors, site.test())
+    return _score(site, tensors)
+
+
+def _score(site: Site, tensors: Tensors) -> Metrics:
+    return site.learner.evaluate([tensors], [site.test()])[0]
 
 
 def _train(
@@ -83,10 +87,10 @@ def _train(
     names: tuple[str, ...],
     tell: Callable[[int], None],
 ) -> Tensors:
-    from fedpeft.models._base import to_torch
+    from fedpeft.stacking import stack, unstack
 
     roles = site.tables.roles(0)
-    stacked = to_torch(site.initial, site.learner.device)
+    stacked = stack([site.initial], site.learner.device)
     total = 0
 
     def on_step(records: int) -> None:
@@ -105,5 +109,4 @@ def _train(
             on_step=on_step,
         )
     )
-    trained = {k: v.squeeze(0).cpu().numpy() for k, v in fit.params.items()}
-    return {**site.initial, **trained}
+    return {**site.initial, **unstack(fit.params)[0]}

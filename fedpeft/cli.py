@@ -28,6 +28,9 @@ Lines = Annotated[
 Exported = Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="a run or adapter folder")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+EngineSpec = Annotated[
+    str, typer.Option("--engine", help="where clients run, such as 'inline(group=16)'")
+]
 
 
 @app.command()
@@ -36,6 +39,7 @@ def run(
     lines: Lines = None,
     out: Annotated[Path | None, typer.Option(help="run folder [default: runs/<plan>]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run, if any")] = False,
+    engine: EngineSpec = "inline",
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
@@ -43,14 +47,16 @@ def run(
     from fedpeft.plan import Plan
 
     found = Plan.from_yaml(plan, _overrides(lines))
-    folder = out or Path("runs") / plan.stem
+    folder, place = out or Path("runs") / plan.stem, _engine(engine)
     from fedpeft.terminal import show_run
 
     _prepare(device, threads)
     from fedpeft.driver import simulate
 
     with show_run(folder) as watch:
-        result = simulate(found, out=folder, resume=resume, device=device, watch=watch)
+        result = simulate(
+            found, out=folder, resume=resume, device=device, engine=place, watch=watch
+        )
         watch.finish(result)
 
 
@@ -87,13 +93,14 @@ def plan(
 def grid(
     grid: Annotated[Path, typer.Argument(metavar="GRID", help="a grid file (YAML)")],
     out: Annotated[Path | None, typer.Option(help="folder of runs [default: runs/<grid>]")] = None,
+    engine: EngineSpec = "inline",
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
     """Run every combination of a grid that is not finished yet, and write OUT/grid.csv."""
     from fedpeft.grid import read_grid, run_grid
 
-    cells, folder = read_grid(grid), out or Path("runs") / grid.stem
+    cells, folder, place = read_grid(grid), out or Path("runs") / grid.stem, _engine(engine)
     _prepare(device, threads)
     from fedpeft.driver import plan_digest, simulate
     from fedpeft.terminal import show_cell
@@ -101,7 +108,9 @@ def grid(
     outcomes = run_grid(
         cells,
         folder,
-        lambda plan, path: simulate(plan, out=path, resume=True, device=device).table,
+        lambda plan, path: simulate(
+            plan, out=path, resume=True, device=device, engine=place
+        ).table,
         plan_digest,
         lambda i, outcome: show_cell(i, len(cells), outcome),
     )
@@ -187,7 +196,7 @@ def parts(
     from fedpeft.plan import PARTS
     from fedpeft.spec import names
 
-    families = dict.fromkeys([*PARTS.values(), "presets", "models"])
+    families = dict.fromkeys([*PARTS.values(), "presets", "models", "engine"])
     for name in [family] if family else families:
         listed = ", ".join(n for n in names(name) if n != "chain")
         typer.echo(f"{name}: {listed}")
@@ -225,6 +234,15 @@ def _overrides(lines: list[str] | None) -> dict[str, Any]:
             raise PlanError(f"{text!r}: write LINE=SPEC, as in aggregator='mean'")
         found[name] = value
     return found
+
+
+def _engine(spec: str) -> Any:
+    from fedpeft.spec import build
+
+    try:
+        return build("engine", spec)
+    except FedPeftError as error:
+        raise PlanError(f"--engine: {error}") from None
 
 
 def _prepare(device: str, threads: int | None) -> None:

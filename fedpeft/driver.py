@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from fedpeft.baselines import compare
 from fedpeft.checkpoint import Checkpoint
-from fedpeft.engine.base import Engine
+from fedpeft.engine._base import Engine, Stage
 from fedpeft.errors import RunError
 from fedpeft.evaluation import evaluated_clients, scored, summarise
 from fedpeft.export import write_adapter
@@ -25,7 +25,8 @@ from fedpeft.rng import derive
 from fedpeft.rounds import Report, ServerState, broadcast, header, server_round, start
 from fedpeft.run_folder import RunFolder
 from fedpeft.site import Site, encode
-from fedpeft.types import Metrics, Tensors
+from fedpeft.spec import build
+from fedpeft.types import Metrics, Simulation, Tensors
 from fedpeft.wire import Message
 
 Line = Mapping[str, Any]
@@ -44,6 +45,10 @@ class Watch(Protocol):
 
     def client(self, done: int, cohort: int) -> None:
         """``done`` of the cohort have answered."""
+        ...
+
+    def seen(self, records: int) -> None:
+        """A training step has seen so many records, in this process."""
         ...
 
     def round(self, line: Line) -> None:
@@ -65,6 +70,9 @@ class Quiet:
         """Say nothing."""
 
     def client(self, done: int, cohort: int) -> None:
+        """Say nothing."""
+
+    def seen(self, records: int) -> None:
         """Say nothing."""
 
     def round(self, line: Line) -> None:
@@ -119,33 +127,45 @@ def simulate(
     out: str | Path | None = None,
     resume: bool = False,
     device: str = "cpu",
+    engine: str | Simulation = "inline",
     watch: Watch | None = None,
 ) -> Result:
-    """Run ``plan`` with all its clients in this process.
+    """Run ``plan`` with all its clients on this machine, or on the cluster of ``engine``.
 
     With ``out`` the run leaves a folder behind (see ``run_folder.py``) and can be resumed after a
-    kill with the same result, bit for bit. Raises ``FedPeftError`` for what the user can mend.
+    kill with the same result, bit for bit. ``engine`` says where clients run, such as
+    ``"inline(group=16)"``. Raises ``FedPeftError`` for what the user can mend.
     """
-    from fedpeft.engine.inline import Inline
     from fedpeft.memory import InProcess
 
     checked, watch = check(plan), watch or Quiet()
+    simulation: Simulation = build("engine", engine) if isinstance(engine, str) else engine
     federation = checked.federation
     for text in checked.warnings:
         watch.warn(text)
     if out is None:
-        with contextlib.closing(Site(plan, federation, device)) as site:
-            return drive(plan, site, Inline(site, InProcess()), None, watch)
+        with (
+            contextlib.closing(Site(plan, federation, device)) as site,
+            simulation.start(Stage(site, InProcess(), None, watch.warn, watch.seen)) as running,
+        ):
+            return drive(plan, site, running, None, watch)
     texts = encode(plan, federation)  # a text that cannot be used leaves no folder behind
-    inputs = input_digests(plan, federation)
-    with RunFolder(Path(out), plan, inputs, resume=resume) as folder:
+    inputs, federation = input_digests(plan, federation), federation.without_rows()
+    del checked
+    group = getattr(simulation, "group", 1)
+    with RunFolder(Path(out), plan, inputs, resume=resume, group=group) as folder:
         asked = plan.comparisons if federation.splits.test is not None else ()
         if folder.finished and set(asked) <= set(folder.compared()):
             return _finished(plan, folder)
         for text in folder.warnings:
             watch.warn(text)
-        with contextlib.closing(Site(plan, federation, device, texts)) as site:
-            return drive(plan, site, Inline(site, folder.memories), folder, watch)
+        with (
+            contextlib.closing(Site(plan, federation, device, texts)) as site,
+            simulation.start(
+                Stage(site, folder.memories, folder.path, watch.warn, watch.seen)
+            ) as running,
+        ):
+            return drive(plan, site, running, folder, watch)
 
 
 def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watch: Watch) -> Result:
@@ -175,6 +195,7 @@ def _rounds(run: _Run, at: Checkpoint, board: _Board) -> Checkpoint:
     while at.state.round < plan.rounds and not _exhausted(plan, at):
         at = _one_round(run, at)
         if folder:
+            folder.memories.settle(at.line["replied"])
             folder.save(at)
         run.history.append(at.line)
         board.write(at.line)
@@ -230,7 +251,7 @@ def _evaluate(run: _Run, state: ServerState) -> dict[str, Any]:
         return {}
     line: dict[str, Any] = {}
     if "test" in plan.evaluations and (examples := site.test()):
-        metrics = site.learner.evaluate({**site.initial, **state.params}, examples)
+        (metrics,) = site.learner.evaluate([{**site.initial, **state.params}], [examples])
         line |= {f"test/{k}": v for k, v in metrics.items() if math.isfinite(v)}
     if "clients" in plan.evaluations and plan.holdout:
         line |= _evaluate_clients(run, state)

@@ -5,6 +5,8 @@
     ├── PlanError    the parts of a plan do not fit each other, or a line is missing or wrong
     ├── DataError    a file, column, label or text that the task cannot use
     ├── ModelError   a base model, tokenizer or adapter folder that cannot be used
+    │   └── GroupError   a model or adapter whose clients cannot share a pass
+    ├── TrainError   local training that did not stay finite, or does not fit into memory
     ├── WireError    bytes from outside that are not the expected packet
     └── RunError     a run folder that is in use, finished, changed, damaged or in the way
 
@@ -36,6 +38,14 @@ class DataError(FedPeftError, ValueError):
 
 class ModelError(FedPeftError, ValueError):
     """A base model, tokenizer or adapter folder that cannot be used."""
+
+
+class GroupError(ModelError):
+    """A model or adapter whose clients cannot share a pass, though each alone can be trained."""
+
+
+class TrainError(FedPeftError, ArithmeticError):
+    """Local training that did not stay finite, or does not fit into memory."""
 
 
 class WireError(FedPeftError, ValueError):

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedpeft.memory import Memory
+from fedpeft.grouping import Grouping
 from fedpeft.plan import Plan
 from fedpeft.rng import derive
-from fedpeft.rounds import Client, receive
+from fedpeft.rounds import ALONE, Asked, Client, receive
 from fedpeft.types import Example, Metrics
-from fedpeft.wire import Message
 
 _LOWER_IS_BETTER = ("loss", "perplexity")
 
@@ -48,16 +47,19 @@ def scored(
     return lines[-1] if lines else {}
 
 
-def client_evaluation(
+def group_evaluation(
     plan: Plan,
     site: Client,
-    held: Sequence[Example],
-    client: str,
-    message: Message | bytes,
-    memory: Memory,
-) -> Metrics:
-    """Return the metrics of what ``client`` holds after ``message`` on its held-out records."""
-    return site.learner.evaluate(receive(plan, site, client, message, memory).tensors, held)
+    asked: Sequence[Asked],
+    held: Sequence[Sequence[Example]],
+    grouping: Grouping = ALONE,
+) -> Sequence[Metrics]:
+    """Return the metrics of what each client holds after its message on its held-out records.
+
+    Clients share passes as ``grouping`` allows; more of them where all hold the same.
+    """
+    tensors = [receive(plan, site, a.client, a.message, a.memory).tensors for a in asked]
+    return site.learner.evaluate(tensors, held, grouping.width)
 
 
 def evaluated_clients(plan: Plan, clients: Sequence[str]) -> Sequence[str]:

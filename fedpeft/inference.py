@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.adapters._peft_folder import read_config
-from fedpeft.data._batching import by_length
+from fedpeft.data._batching import by_length, lengths_of
 from fedpeft.errors import DataError, FedPeftError, ModelError
 from fedpeft.export import PROVENANCE, provenance
 from fedpeft.spec import build
@@ -75,7 +75,7 @@ class Exported:
         import torch
 
         examples = self.task.encode(rows, self.tokenizer, self.limit, self.classes)
-        lengths = [len(example["input_ids"]) for example in examples]
+        lengths = lengths_of(examples)
         with torch.inference_mode():
             for where in by_length(lengths, _BATCH):
                 chosen = [examples[i] for i in where]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 
-from fedpeft.data._batching import by_length
-from fedpeft.models._base import Base, to_torch
-from fedpeft.types import Attached, Batch, Example, Metrics, Stacked, Task, Tensors
+from fedpeft.data._batching import by_length, length, lengths_of
+from fedpeft.models._base import Base
+from fedpeft.stacking import stack, taken
+from fedpeft.types import Attached, Batch, Dropout, Example, Metrics, Stacked, Task, Tensors
 
 EVALUATION_BATCH = 64
 
@@ -29,43 +33,130 @@ class ModelLearner:
         params: Stacked,
         fixed: Stacked,
         batch: Batch,
-        generators: Sequence[torch.Generator] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[Stacked, torch.Tensor]:
         """Return gradients [K, ...] of the weighted loss, and each record's loss [K * b].
 
         Clients share no parameter, so the gradient of the summed loss holds each client's own.
         """
+        dropout = None if seeds is None else Dropout(seeds, batch.lengths)
         leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-        logits = self.attached({**fixed, **leaves}, batch.inputs, generators)
+        logits = self._logits({**fixed, **leaves}, batch, dropout)
         losses = self.task.losses(logits, batch.labels)
         total = (losses * batch.weights).sum()
         found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
         return dict(zip(leaves, found, strict=True)), losses.detach()
 
-    def collate(self, records: Sequence[Example], weights: Sequence[float]) -> Batch:
-        """Pad tokenised records into one batch on the model's device."""
-        inputs, labels = self.task.collate(records, self.base.tokenizer.pad_token_id)
+    def collate(self, records: Sequence[Example | None], weights: Sequence[float]) -> Batch:
+        """Pad tokenised records into one batch on the model's device.
+
+        ``None`` fills a row with the record before it, the same client's: even with weight zero,
+        another's could bring in a NaN.
+        """
+        filled = list[Example]()
+        for record in records:
+            filled.append(filled[-1] if record is None else record)
+        inputs, labels = self.task.collate(filled, getattr(self.base.tokenizer, "pad_token_id", 0))
         device = self.base.device
         return Batch(
             {name: value.to(device) for name, value in inputs.items()},
             labels.to(device),
             torch.tensor(weights, dtype=torch.float32, device=device),
+            [0 if record is None else _extent(record) for record in records],
         )
 
-    def evaluate(self, tensors: Tensors, examples: Sequence[Example]) -> Metrics:
-        """Return the task's metrics over ``examples`` for one client's or the global tensors."""
-        params = to_torch(tensors, self.base.device)
-        total: dict[str, float] = {}
-        for logits, labels, _ in self._forward(params, examples):
-            for name, value in self.task.tally(logits, labels).items():
-                total[name] = total.get(name, 0.0) + value
-        return self.task.metrics(total)
+    def evaluate(
+        self, tensors: Sequence[Tensors], examples: Sequence[Sequence[Example]], width: int = 1
+    ) -> Sequence[Metrics]:
+        """Return the task's metrics of each client's tensors on its own records.
 
-    def _forward(
-        self, params: Mapping[str, torch.Tensor], examples: Sequence[Example]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
-        lengths = [len(example["input_ids"]) for example in examples]
+        Where all have the same tensors, their records share batches (unless ``width`` is 1);
+        others share passes, up to ``width`` of them.
+        """
+        first = tensors[0] if tensors else {}
+        same = all(tensors[k][name] is v for name, v in first.items() for k in range(len(tensors)))
+        size = len(tensors) if same and width > 1 else width
+        found: list[Metrics] = []
+        for start in range(0, len(tensors), size):
+            part = slice(start, start + size)
+            found += self._evaluated(tensors[part], examples[part], same or size == 1)
+        return found
+
+    def _evaluated(
+        self, tensors: Sequence[Tensors], examples: Sequence[Sequence[Example]], same: bool
+    ) -> list[Metrics]:
+        tallies: list[dict[str, float]] = [{} for _ in tensors]
+        stacked = stack(tensors, self.base.device)
+        passes = _pooled(examples) if same else _side_by_side(examples)
         with torch.inference_mode():
-            for where in by_length(lengths, EVALUATION_BATCH):
-                batch = self.collate([examples[i] for i in where], [1.0] * len(where))
-                yield self.attached(params, batch.inputs), batch.labels, where.tolist()
+            for rows in passes:
+                clients = sorted({k for k, _ in rows})
+                records = [None if i is None else examples[k][i] for k, i in rows]
+                batch = self.collate(records, [1.0] * len(rows))
+                members = clients[:1] if same else clients
+                logits = self._logits(taken(stacked, members), batch, None)
+                for k in clients:
+                    own = [owner == k and i is not None for owner, i in rows]
+                    part = self._part(logits, batch.labels, torch.tensor(own))
+                    for name, value in self.task.tally(*part).items():
+                        tallies[k][name] = tallies[k].get(name, 0.0) + value
+        return [self.task.metrics(tally) for tally in tallies]
+
+    def _logits(
+        self, params: Mapping[str, torch.Tensor], batch: Batch, dropout: Dropout | None
+    ) -> torch.Tensor:
+        """Return the logits that the task reads: of a language model, those at its positions.
+
+        The vocabulary is most of a small model's work, and what is padded or told needs none of it.
+        """
+        where = self.task.positions(batch.labels)
+        head = None if where is None else self._vocabulary
+        if head is None:
+            return self.attached(params, batch.inputs, dropout)
+        handle = head.register_forward_pre_hook(lambda _, args: (args[0][where],))
+        try:
+            return self.attached(params, batch.inputs, dropout)
+        finally:
+            handle.remove()
+
+    @cached_property
+    def _vocabulary(self) -> torch.nn.Module | None:
+        """The module that makes the logits of a language model; no adapter wraps it."""
+        model: Any = self.base.model
+        head: torch.nn.Module | None = model.get_output_embeddings()
+        return head
+
+    def _part(
+        self, logits: torch.Tensor, labels: torch.Tensor, own: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits and labels of some rows."""
+        if bool(own.all()):
+            return logits, labels
+        own = own.to(labels.device)
+        where = self.task.positions(labels)
+        if where is None or logits.dim() > 2:
+            return logits[own], labels[own]
+        return logits[own[:, None].expand_as(where)[where]], labels[own]
+
+
+def _extent(record: Example) -> int:
+    """Return how many positions of a row are a record's own: all, where it has no tokens."""
+    return length(record) if "input_ids" in record else sys.maxsize
+
+
+def _pooled(examples: Sequence[Sequence[Example]]) -> Iterator[list[tuple[int, int | None]]]:
+    """Yield batches of (client, record) from all clients together."""
+    pairs = [(k, i) for k, own in enumerate(examples) for i in range(len(own))]
+    lengths = [n for own in examples for n in lengths_of(own)]
+    for where in by_length(lengths, EVALUATION_BATCH):
+        yield [pairs[at] for at in where.tolist()]
+
+
+def _side_by_side(examples: Sequence[Sequence[Example]]) -> Iterator[list[tuple[int, int | None]]]:
+    """Yield batches with equally many rows of each client that has records left."""
+    height = max(1, EVALUATION_BATCH // len(examples))
+    queues = [by_length(lengths_of(own), height) for own in examples]
+    for step in range(max(map(len, queues), default=0)):
+        busy = [(k, queue[step].tolist()) for k, queue in enumerate(queues) if step < len(queue)]
+        tall = max(len(rows) for _, rows in busy)
+        yield [(k, i) for k, rows in busy for i in [*rows, *[None] * (tall - len(rows))]]

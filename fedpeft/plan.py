@@ -48,6 +48,7 @@ PARTS: Mapping[str, str] = {
 
 COMPARISONS = ("base", "alone", "central")
 EVALUATIONS = ("test", "clients")
+PRECISIONS = ("float32", "bfloat16")
 _LISTS = ("evaluate", "compare")
 """Lines that are lists of words, and so may be empty."""
 _REPORTING = ("compare",)
@@ -65,7 +66,8 @@ class Plan:
     ``keep_best`` names a metric such as ``test/accuracy``; the best round is exported, and after
     ``patience`` evaluations without progress the run ends. ``warm_start`` is an adapter folder to
     start from. ``compare`` lists what the final table sets beside the federated adapter: ``base``,
-    ``alone``, ``central``.
+    ``alone``, ``central``. ``precision`` is that of the frozen base and of the products with it;
+    what trains, its gradients and the losses stay float32.
     """
 
     model: str
@@ -92,6 +94,7 @@ class Plan:
     patience: int | None = None
     warm_start: str | None = None
     compare: str = ""
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         problems = [*_scalar_problems(self), *_part_problems(self)]
@@ -222,6 +225,7 @@ _SCALARS: Mapping[str, tuple[type, bool]] = {
     "patience": (int, False),
     "warm_start": (str, False),
     "compare": (str, False),
+    "precision": (str, False),
 }
 """Plan line to its type and whether it must be given."""
 
@@ -267,6 +271,7 @@ def _scalar_problems(plan: Plan) -> Iterator[str]:
         yield f"holdout: {plan.holdout} must be at least 0 and below 1"
     yield from _choice_problems("compare", plan.comparisons, COMPARISONS)
     yield from _choice_problems("evaluate", plan.evaluations, EVALUATIONS)
+    yield from _choice_problems("precision", [plan.precision], PRECISIONS)
     if plan.patience is not None and plan.keep_best is None:
         yield "patience: needs keep_best, the metric that should improve"
     where = (plan.keep_best or "").partition("/")[0]

@@ -20,6 +20,10 @@ from fedpeft.types import Codec, Scalar, Shapes, Tensors
 from fedpeft.wire import body
 
 _RUN = "0" * 32
+_SHARING = {
+    True: "clients can share passes",
+    False: "one client at a time: this adapter has no stacked form",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ def preview(plan: Plan) -> dict[str, Any]:
         "parameters": _parameters(found, shapes, tables),
         "cohort": cohort,
         "local": _local(plan, federation),
+        "stacked": "stacked" in getattr(plan.adapter, "offers", {}),
         "bytes": {
             "down_per_client": down.bytes,
             "up_per_client": up.bytes,
@@ -161,7 +166,7 @@ def _memory(found: Outline, shapes: Shapes, tables: Tables, plan: Plan) -> dict[
     state = start(plan, tables, _filled(shapes, 0))
     server = [*state.params.values(), *state.slots.values(), *state.control.values()]
     return {
-        "base_bytes": 4 * base,
+        "base_bytes": (2 if plan.precision == "bfloat16" else 4) * base,
         "client_state_bytes": 4 * (adapter + 4 * trained),
         "server_state_bytes": sum(value.nbytes for value in server),
     }
@@ -183,7 +188,8 @@ def as_text(found: Mapping[str, Any]) -> str:
         ),
         (
             "local work",
-            f"{found['local']['steps_least']} to {found['local']['steps_most']} steps per round",
+            f"{found['local']['steps_least']} to {found['local']['steps_most']} steps per round, "
+            + _SHARING[found["stacked"]],
         ),
         (
             "bytes per round",

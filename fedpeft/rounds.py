@@ -7,7 +7,7 @@ server   server_round:  decode and check each reply, aggregate, step
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.admission import admit, printable
-from fedpeft.errors import PlanError, RunError, WireError
+from fedpeft.errors import FedPeftError, PlanError, RunError, TrainError, WireError
+from fedpeft.grouping import Grouping
 from fedpeft.memory import NEVER, Memory
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
@@ -38,6 +39,9 @@ from fedpeft.wire import Body, Message, body, peek
 
 if TYPE_CHECKING:
     import torch
+
+ALONE = Grouping()
+"""Every client by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,37 +139,65 @@ def receive(
     return Received(told, round, acknowledged, tensors, came.control, select(kept, "correction"))
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A client of this process, what came for it, and what it remembers."""
+
+    client: str
+    message: Message | bytes
+    memory: Memory
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What a client's round leaves: a reply, or why there is none, and what it remembers then."""
+
+    client: str
+    reply: Message | FedPeftError
+    memory: Memory
+
+
 def client_round(
     plan: Plan, site: Client, client: str, message: Message | bytes, memory: Memory
 ) -> tuple[Message, Memory]:
-    """Decode, train, subtract, encode. Raises ``WireError`` for a message that is no broadcast."""
-    got = receive(plan, site, client, message, memory)
-    round = got.round
-    fit = _train(plan, site, client, got)
+    """Decode, train, subtract, encode.
 
-    roles, up = site.tables.roles(round), site.tables.up(round)
-    trained = {k: v.squeeze(0).cpu().numpy() for k, v in fit.params.items()}
-    delta = {k: _minus(trained[k], got.tensors[k]) for k in up["adapter"]}
-    sent = plan.uplink.encode(delta, derive(plan.seed, round, client, "uplink"))
-    followed = plan.correction.remembers or "control" in up
-    arrived = plan.uplink.decode(sent, up["adapter"]) if followed else delta
-    local = Local(got.tensors, arrived, got.extras, got.kept, fit.lr_sums[0])
-    extras_up, corrected = plan.correction.client_update(local)
-    sections = {"adapter": sent, **({"control": extras_up} if "control" in up else {})}
-    told_back: dict[str, Scalar] = {
-        "run": got.told.get("run", ""),
-        "round": round,
-        "steps": fit.steps[0],
-        "lr_sum": fit.lr_sums[0],
-        "seen": fit.seen[0],
-    }
-    if np.isfinite(fit.losses[0]):
-        told_back["loss"] = fit.losses[0]
-    if site.tables.remembers:
-        own = {k: trained[k] for k in sorted(roles.local)}
-        news = {**prefixed("local", own), **prefixed("correction", corrected)}
-        memory = memory.after(got.acknowledged, round, news)
-    return body(sections, up).seal(told_back), memory
+    Raises ``WireError`` for a message that is no broadcast, ``TrainError`` where training fails.
+    """
+    (played,) = group_round(plan, site, [Asked(client, message, memory)])
+    if isinstance(played.reply, FedPeftError):
+        raise played.reply
+    return played.reply, played.memory
+
+
+def group_round(
+    plan: Plan,
+    site: Client,
+    asked: Sequence[Asked],
+    grouping: Grouping = ALONE,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> list[Played]:
+    """Play one round of several clients, who share passes as ``grouping`` allows.
+
+    Nothing is changed before the end, so it can be repeated. A client whose training does not stay
+    finite has no reply. Raises ``WireError`` for messages that are no broadcasts of one round.
+    """
+    from fedpeft.stacking import unstack
+
+    received = [receive(plan, site, a.client, a.message, a.memory) for a in asked]
+    if len({got.round for got in received}) > 1:
+        raise WireError("messages are of different rounds")
+    budgets = [plan.trainer.budget(len(site.train(a.client)))[0] for a in asked]
+    order = sorted(range(len(asked)), key=lambda k: -budgets[k])
+    job = _job(plan, site, [asked[k].client for k in order], [received[k] for k in order])
+    job = replace(job, grouping=grouping, on_step=on_step)
+    fit = plan.trainer.fit(job)
+    if any(value._version for value in job.params.values()):
+        raise PlanError("trainer: changed the parameters it was given in place; it must copy them")
+    played: dict[int, Played] = {}
+    for at, (k, trained) in enumerate(zip(order, unstack(fit.params), strict=True)):
+        played[k] = _finish(plan, site, asked[k], received[k], trained, fit, at)
+    return [played[k] for k in range(len(asked))]
 
 
 def server_round(
@@ -223,33 +255,65 @@ def server_round(
     return ServerState(params, slots, control, acks, state.round + 1), report
 
 
-def _train(plan: Plan, site: Client, client: str, got: Received) -> Fit:
-    from fedpeft.models._base import to_torch
+def _job(plan: Plan, site: Client, clients: Sequence[str], received: Sequence[Received]) -> Job:
+    from fedpeft.stacking import stack
 
-    roles = site.tables.roles(got.round)
-    shared = {k: got.tensors[k] for k in site.tables.up(got.round)["adapter"]}
+    round = received[0].round
+    roles, up = site.tables.roles(round), site.tables.up(round)["adapter"]
     device = site.learner.device
-    constants = to_torch(plan.correction.start(shared, got.extras, got.kept), device)
-    stacked = to_torch(got.tensors, device)
+    constants = stack(
+        [plan.correction.start({k: g.tensors[k] for k in up}, g.extras, g.kept) for g in received],
+        device,
+    )
+    stacked = stack([got.tensors for got in received], device)
 
     def adjust(
         grads: dict[str, torch.Tensor], params: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        return plan.correction.adjust(grads, params, constants)
+        clients = len(next(iter(grads.values()), ()))
+        first = {name: value[:clients] for name, value in constants.items()}
+        return plan.correction.adjust(grads, params, first)
 
-    job = Job(
+    return Job(
         learner=site.learner,
         params={k: v for k, v in stacked.items() if k in roles.train},
         fixed={k: v for k, v in stacked.items() if k not in roles.train},
-        examples=[site.train(client)],
-        seeds=[derive_seed(plan.seed, got.round, client, "train")],
+        examples=[site.train(client) for client in clients],
+        seeds=[derive_seed(plan.seed, round, client, "train") for client in clients],
         adjust=adjust,
-        progress=(got.round / plan.rounds, (got.round + 1) / plan.rounds),
+        progress=(round / plan.rounds, (round + 1) / plan.rounds),
     )
-    fit = plan.trainer.fit(job)
-    if any(value._version for value in job.params.values()):
-        raise PlanError("trainer: changed the parameters it was given in place; it must copy them")
-    return fit
+
+
+def _finish(
+    plan: Plan, site: Client, asked: Asked, got: Received, trained: Tensors, fit: Fit, at: int
+) -> Played:
+    """Subtract, encode and remember: what client ``at`` of ``fit`` does with what it trained."""
+    client, round, memory = asked.client, got.round, asked.memory
+    roles, up = site.tables.roles(round), site.tables.up(round)
+    if not np.isfinite(fit.losses[at]):
+        why = "its loss is not finite: training diverged; lower the trainer's lr, or set clip"
+        return Played(client, TrainError(why), memory)
+    delta = {k: _minus(trained[k], got.tensors[k]) for k in up["adapter"]}
+    sent = plan.uplink.encode(delta, derive(plan.seed, round, client, "uplink"))
+    followed = plan.correction.remembers or "control" in up
+    arrived = plan.uplink.decode(sent, up["adapter"]) if followed else delta
+    local = Local(got.tensors, arrived, got.extras, got.kept, fit.lr_sums[at])
+    extras_up, corrected = plan.correction.client_update(local)
+    sections = {"adapter": sent, **({"control": extras_up} if "control" in up else {})}
+    told_back: dict[str, Scalar] = {
+        "run": got.told.get("run", ""),
+        "round": round,
+        "steps": fit.steps[at],
+        "lr_sum": fit.lr_sums[at],
+        "seen": fit.seen[at],
+        "loss": fit.losses[at],
+    }
+    if site.tables.remembers:
+        own = {k: trained[k].copy() for k in sorted(roles.local)}
+        news = {**prefixed("local", own), **prefixed("correction", corrected)}
+        memory = memory.after(got.acknowledged, round, news)
+    return Played(client, body(sections, up).seal(told_back), memory)
 
 
 def _corrected(

@@ -43,8 +43,17 @@ _STARTING = {".lock", *_BEGUN, *(f".{name}.new" for name in _BEGUN)}
 class RunFolder:
     """One run's folder, locked while open. Use it as a context manager."""
 
-    def __init__(self, path: Path, plan: Plan, inputs: tuple[str, ...], *, resume: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        inputs: tuple[str, ...],
+        *,
+        resume: bool,
+        group: int | str = 1,
+    ) -> None:
         self.path, self.plan = path, plan
+        self._made_with = versions() | {"group": group}
         self.digest = plan.digest(*inputs)
         if self._foreign():
             raise RunError(f"{path}: not empty and no run of fedpeft; choose another --out")
@@ -75,7 +84,7 @@ class RunFolder:
     @property
     def memories(self) -> OnDisk:
         """Where clients of this process keep their memory."""
-        return OnDisk(self.path / "memory")
+        return OnDisk(self.path / "memory", deferred=True)
 
     def load(self) -> Checkpoint | None:
         """Return the newest checkpoint, with the ledger brought to the same round.
@@ -165,7 +174,7 @@ class RunFolder:
 
     def _other_versions(self) -> list[str]:
         """Say what differs from where the run began: its bits may differ then, too."""
-        then, now = self._read("versions.json") or {}, versions()
+        then, now = self._read("versions.json") or {}, self._made_with
         return [
             f"the run began with {name} {then[name]}, goes on with {now.get(name)}: "
             "the result may differ in its last bits"
@@ -181,7 +190,7 @@ class RunFolder:
         lines, run = self.plan.lines(), uuid.uuid4().hex
         text = yaml.safe_dump(lines, sort_keys=False, allow_unicode=True, width=1000)
         replace_file(self.path / "plan.yaml", [text.encode()], "plan")
-        self._write("versions.json", versions(), "plan")
+        self._write("versions.json", self._made_with, "plan")
         about = {"run": run, "digest": self.digest, "inputs": inputs}
         self._write("run.json", {**about, "lines": self.plan.identity()}, "plan")
         return run

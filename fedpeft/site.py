@@ -5,10 +5,11 @@ All texts are tokenised first, so that one that cannot be used is refused before
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,40 +22,89 @@ from fedpeft.models._locate import locate
 from fedpeft.models._outline import input_limit, read_config
 from fedpeft.plan import Plan
 from fedpeft.tables import Tables
-from fedpeft.types import Example, Tensors
+from fedpeft.token_cache import cached, is_ours, key_of
+from fedpeft.tokens import Tokens, pack
+from fedpeft.types import Example, Row, Tensors
+
+Encode: TypeAlias = Callable[[Sequence[Row]], Sequence[Example]]
+
+_PIECE = 4096
+"""Records that are tokenised at once: tokenizers take a hundred times the memory of the tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Both splits of a plan's data, tokenised, in the order of their rows."""
+    """Both splits of a plan's data, tokenised, in the order of their rows; cheap to pickle."""
 
     train: Sequence[Example]
     test: Sequence[Example]
 
 
 def encode(plan: Plan, federation: Federation) -> Texts:
-    """Tokenise the data. Raises ``DataError`` naming split and row of an unusable text."""
+    """Tokenise the data, or take it from the cache.
+
+    Raises ``DataError`` naming split and row of an unusable text.
+    """
     limit = input_limit(read_config(locate(plan.model)))
+    splits = federation.splits
+    key = key_of(plan, splits.fingerprint, federation.classes, limit)
+
+    def make() -> dict[str, Sequence[Example]]:
+        rows = {"train": splits.train, "test": splits.test or []}
+        return {name: _split(plan, name, rows[name], limit, federation.classes) for name in rows}
+
+    return Texts(**cached(key, make))
+
+
+def _split(
+    plan: Plan, name: str, rows: Sequence[Row], limit: int, classes: Sequence[str]
+) -> Sequence[Example]:
     tokenizer = load_tokenizer(plan.model)
-    found = []
-    for name, rows in (("train", federation.splits.train), ("test", federation.splits.test or [])):
+    encode = partial(plan.task.encode, tokenizer=tokenizer, limit=limit, classes=classes)
+    if is_ours(plan.task):
         try:
-            found.append(plan.task.encode(rows, tokenizer, limit, federation.classes))
-        except FedPeftError as error:
-            raise type(error)(f"data: {name}: {error}") from error
-    return Texts(*found)
+            packed = pack(_pieces(encode, rows))
+            if packed is not None:
+                return packed
+        except FedPeftError:
+            pass  # the number of the row is that in its piece
+    try:
+        examples = encode(rows)
+    except FedPeftError as error:
+        raise type(error)(f"data: {name}: {error}") from error
+    packed = pack([examples])
+    return examples if packed is None else packed
+
+
+def _pieces(encode: Encode, rows: Sequence[Row]) -> Iterator[Sequence[Example]]:
+    """Yield all examples; tasks read the columns off the first row, so it leads every piece."""
+    yield encode(rows[:_PIECE])
+    for start in range(_PIECE, len(rows), _PIECE):
+        yield encode([rows[0], *rows[start : start + _PIECE]])[1:]
 
 
 class Site:
-    """One plan's model, adapter and data in this process. Close it to give the base back."""
+    """One plan's model, adapter and data in this process. Close it to give the base back.
+
+    It keeps no raw rows. ``texts`` and ``base`` are given where they are at hand, as in a process
+    that shares another's.
+    """
 
     def __init__(
-        self, plan: Plan, federation: Federation, device: str = "cpu", texts: Texts | None = None
+        self,
+        plan: Plan,
+        federation: Federation,
+        device: str = "cpu",
+        texts: Texts | None = None,
+        *,
+        base: Base | None = None,
     ) -> None:
-        self.plan, self.federation = plan, federation
-        self._texts = texts or encode(plan, federation)
+        self.plan, self.federation = plan, federation.without_rows()
+        self.texts = texts or encode(plan, federation)
         try:
-            self.base: Base = load_base(plan.model, plan.task.head, federation.classes, device)
+            self.base = base or load_base(
+                plan.model, plan.task.head, federation.classes, device, plan.precision
+            )
         except FedPeftError as error:
             raise type(error)(f"model: {error}") from error
         try:
@@ -85,11 +135,12 @@ class Site:
 
     def test(self) -> Sequence[Example]:
         """Return the tokenised test set; empty where there is none."""
-        return self._texts.test
+        return self.texts.test
 
     def close(self) -> None:
         """Detach the adapter, so that the base can serve another plan."""
         self.attached.detach()
 
     def _rows(self, where: NDArray[np.int64]) -> Sequence[Example]:
-        return [self._texts.train[i] for i in where.tolist()]
+        texts = self.texts.train
+        return texts.rows(where) if isinstance(texts, Tokens) else [texts[i] for i in where]

@@ -31,6 +31,7 @@ from fedpeft.types import (
     Partition,
     Preset,
     ServerOptimizer,
+    Simulation,
     Source,
     Task,
     Trainer,
@@ -44,6 +45,7 @@ PROTOCOLS: Mapping[str, Any] = {
     "cohorts": Cohort,
     "corrections": Correction,
     "data": Source,
+    "engine": Simulation,
     "optimizers": ServerOptimizer,
     "partitions": Partition,
     "presets": Preset,
@@ -136,7 +138,7 @@ def digest_of(part: Any) -> str:
 
 def names(family: str) -> list[str]:
     """List the methods of a family by looking at its folder; nothing is imported."""
-    if not family.isidentifier() or family == "engine":
+    if not family.isidentifier():
         raise SpecError(f"there is no family {family!r}")
     found = importlib.util.find_spec(f"fedpeft.{family}")
     if found is None or not found.submodule_search_locations:
@@ -201,7 +203,7 @@ def _make(family: str, outside: str, node: ast.expr) -> Any:
         raise SpecError(f"{name} needs {', '.join(missing)}")
     part = cls(**given)
     check_fields(part)
-    protocol = PROTOCOLS[family]
+    protocol = PROTOCOLS.get(family, object)
     if lacks := [k for k in vars(protocol) if k[0] != "_" and not hasattr(part, k)]:
         raise SpecError(f"{name} is no {protocol.__name__}: it has no {', '.join(lacks)}")
     return part

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ class RunScreen:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[rate]}"),
             console=console,
             disable=not self._live,
         )
@@ -50,6 +53,7 @@ class RunScreen:
         self._clients: TaskID | None = None
         self._extra: dict[str, TaskID] = {}
         self.round_done = 0
+        self._pace = _Pace()
 
     def __enter__(self) -> RunScreen:
         self._console.print(f"preparing {self._folder} ...", style="dim")
@@ -66,20 +70,33 @@ class RunScreen:
     def begin(self, plan: Plan, round: int) -> None:
         """Open the bars."""
         self.round_done = round
-        self._rounds = self._progress.add_task("rounds", total=plan.rounds, completed=round)
-        self._clients = self._progress.add_task("clients", total=None)
+        self._rounds = self._progress.add_task(
+            "rounds", total=plan.rounds, completed=round, rate=""
+        )
+        self._clients = self._progress.add_task("clients", total=None, rate="")
+        self._pace = _Pace()
         if round and not self._live:
             self._console.print(f"resuming after round {round} of {plan.rounds}")
 
     def client(self, done: int, cohort: int) -> None:
         """Move the clients' bar."""
+        self._pace.client(done)
         if self._clients is not None:
-            self._progress.update(self._clients, completed=done, total=cohort)
+            rate = self._pace.text()
+            self._progress.update(self._clients, completed=done, total=cohort, rate=rate)
+
+    def seen(self, records: int) -> None:
+        """Show how fast records go by."""
+        self._pace.seen += records
+        if self._clients is not None and self._live:
+            self._progress.update(self._clients, rate=self._pace.text())
 
     def round(self, line: Line) -> None:
         """Move the rounds' bar, or print a line."""
         self.round_done = line["round"] + 1
-        note = _note(line)
+        self._pace.seen = max(self._pace.seen, int(line.get("seen", 0)))
+        note = "  ".join(filter(None, [_note(line), self._pace.text(whole=True)]))
+        self._pace = _Pace()
         if self._rounds is not None:
             self._progress.update(self._rounds, advance=1)
         self._console.print(f"round {self.round_done}  {note}", highlight=False)
@@ -89,13 +106,35 @@ class RunScreen:
     def compare(self, name: str, done: int, total: int) -> None:
         """Move the bar of a comparison."""
         if name not in self._extra:
-            self._extra[name] = self._progress.add_task(_ROWS[name], total=total)
+            self._extra[name] = self._progress.add_task(_ROWS[name], total=total, rate="")
         self._progress.update(self._extra[name], completed=done)
 
     def finish(self, result: Result) -> None:
         """Print the table."""
         self._progress.stop()
         show_result(self._console, result)
+
+
+@dataclass
+class _Pace:
+    """How fast a round trains: from its begin to its last client."""
+
+    seen: int = 0
+    clients: int = 0
+    begun: float = field(default_factory=time.perf_counter)
+    last: float = 0.0
+
+    def client(self, done: int) -> None:
+        """Take note of the time."""
+        self.clients, self.last = done, time.perf_counter() - self.begun
+
+    def text(self, whole: bool = False) -> str:
+        """Return clients and examples per second so far, or of the whole round."""
+        seconds = self.last if whole else time.perf_counter() - self.begun
+        if not seconds:
+            return ""
+        rates = (self.clients, "clients/s"), (self.seen, "examples/s")
+        return "  ".join(f"{n / seconds:,.3g} {unit}" for n, unit in rates if n)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ says with three optional mappings from a trait to a reason::
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
@@ -22,10 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import PlanError
+from fedpeft.grouping import Grouping
 
 if TYPE_CHECKING:  # torch takes seconds to import; plans must not
     import torch
 
+    from fedpeft.engine._base import Engine, Stage
     from fedpeft.models._base import Base
     from fedpeft.models._outline import Outline
 
@@ -126,12 +129,26 @@ class Batch:
     """Records of K clients, padded to the longest.
 
     ``inputs`` go to the model ([K * b, T] each); ``labels`` [K * b] or [K * b, T]; ``weights``
-    [K * b] says how much each record's loss counts in its client's objective.
+    [K * b] says how much each record's loss counts in its client's objective; ``lengths`` [K * b]
+    is how many positions of each row are its own, 0 where a row only fills up its client's share.
     """
 
     inputs: Mapping[str, torch.Tensor]
     labels: torch.Tensor
     weights: torch.Tensor
+    lengths: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """What decides an adapter's dropout masks: one of ``seeds`` per client, ``lengths`` per row.
+
+    Masks are functions of the seed, the module and a client's own rows, so neither padding nor the
+    other clients of a pass change them, and a pass that is computed again meets the same ones.
+    """
+
+    seeds: Sequence[int]
+    lengths: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +156,13 @@ class Job:
     """All that a trainer may look at: K clients' parameters, data and randomness.
 
     ``params`` train and start as received, ``fixed`` do not train; both [K, ...] and only to be
-    read: what they start from may be shared by all clients of the process. ``adjust`` maps
-    gradients and current parameters to corrected gradients. ``examples`` and ``seeds`` have one
-    entry per client. ``progress`` is where in the whole run this job starts and ends, in [0, 1];
-    ``on_step`` is told the number of records of each step.
+    read: what they start from may be shared by all clients of the process. ``examples`` and
+    ``seeds`` have one entry per client. Clients come in the order of falling ``Trainer.budget``, so
+    that at any step those still training are the first n: ``adjust`` maps gradients and current
+    parameters [n, ...] of the first n clients to corrected gradients. ``masks`` [K, ...] of zeros
+    and ones says which entries of a parameter a client has, where not all (mixed ranks).
+    ``grouping`` says which clients share a pass. ``progress`` is where in the whole run this job
+    starts and ends, in [0, 1]; ``on_step`` is told the number of records of each step.
     """
 
     learner: Learner
@@ -151,6 +171,8 @@ class Job:
     examples: Sequence[Sequence[Example]]
     seeds: Sequence[int]
     adjust: Callable[[Stacked, Stacked], Stacked]
+    masks: Stacked = field(default_factory=dict)
+    grouping: Grouping = field(default_factory=Grouping)
     progress: tuple[float, float] = (0.0, 1.0)
     on_step: Callable[[int], None] = lambda _: None
 
@@ -199,11 +221,18 @@ class Attached(Protocol):
         self,
         params: Mapping[str, torch.Tensor],
         inputs: Mapping[str, torch.Tensor],
-        generators: Sequence[torch.Generator] | None = None,
+        dropout: Dropout | None = None,
     ) -> torch.Tensor:
         """Return logits for ``inputs`` [K * b, ...] under ``params`` [K, ...].
 
-        ``generators``, one per client, draw the adapter's dropout masks; ``None`` turns it off.
+        ``dropout`` decides the adapter's masks; ``None`` turns it off.
+        """
+        ...
+
+    def checkpoint(self) -> bool:
+        """Keep no activations of the layers: compute them again in the backward pass.
+
+        Takes less memory and about a third more time. False where it cannot be done.
         """
         ...
 
@@ -225,17 +254,28 @@ class Learner(Protocol):
         params: Stacked,
         fixed: Stacked,
         batch: Batch,
-        generators: Sequence[torch.Generator] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[Stacked, torch.Tensor]:
-        """Return gradients [K, ...] of the weighted loss, and each record's loss [K * b]."""
+        """Return gradients [K, ...] of the weighted loss, and each record's loss [K * b].
+
+        ``seeds``, one per client, decide the adapter's dropout masks; ``None`` turns it off.
+        """
         ...
 
-    def collate(self, records: Sequence[Example], weights: Sequence[float]) -> Batch:
-        """Pad tokenised records into one batch; each has its weight."""
+    def collate(self, records: Sequence[Example | None], weights: Sequence[float]) -> Batch:
+        """Pad tokenised records into one batch, each with its weight.
+
+        ``None`` fills up a row of the client whose record comes before it.
+        """
         ...
 
-    def evaluate(self, tensors: Tensors, examples: Sequence[Example]) -> Metrics:
-        """Return the task's metrics, and ``loss`` in nats, over ``examples``."""
+    def evaluate(
+        self, tensors: Sequence[Tensors], examples: Sequence[Sequence[Example]], width: int = 1
+    ) -> Sequence[Metrics]:
+        """Return the task's metrics, and ``loss`` in nats, of each client's tensors on its records.
+
+        Up to ``width`` clients share a pass.
+        """
         ...
 
 
@@ -301,12 +341,19 @@ class Task(Protocol):
         """Pad to the longest record of the batch; return model inputs and labels (tensors)."""
         ...
 
+    def positions(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Return where logits are read, bool [b, T]; ``None`` where all are."""
+        ...
+
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return one loss per record [b] that does not depend on the other records."""
+        """Return one loss per record [b] that does not depend on the other records.
+
+        ``logits`` are all, or those [n, V] at :meth:`positions`.
+        """
         ...
 
     def tally(self, logits: torch.Tensor, labels: torch.Tensor) -> Metrics:
-        """Return sums over the batch; they add up over batches."""
+        """Return sums over the batch, of the same ``logits``; they add up over batches."""
         ...
 
     def metrics(self, tally: Metrics) -> Metrics:
@@ -464,4 +511,13 @@ class Preset(Protocol):
 
     def lines(self) -> Mapping[str, str]:
         """Return the plan lines it fills; explicit lines win."""
+        ...
+
+
+@runtime_checkable
+class Simulation(Protocol):
+    """``engine/``: where the clients of a simulation run. Part of no plan: it changes no result."""
+
+    def start(self, stage: Stage) -> AbstractContextManager[Engine]:
+        """Return the running engine; leaving its context stops what it has started."""
         ...

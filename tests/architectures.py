@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ import numpy as np
 import torch
 
 from fedpeft.models._base import Base, load_base
-from fedpeft.types import Tensors
+from fedpeft.models._locate import Location
+from fedpeft.models._outline import Outline
+from fedpeft.tasks.classify import Classify
+from fedpeft.types import Example, Tensors
 
 VOCABULARY, LIMIT = 90, 64
 _BERT: dict[str, Any] = {
@@ -103,3 +108,53 @@ def inputs(rows: int, width: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
     mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
     ids = rng.integers(3, VOCABULARY, (rows, width)) * mask
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+
+# --- images -------------------------------------------------------------------------------------
+
+CHANNELS, SIDE = 2, 8
+_VIT: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": SIDE,
+    "patch_size": 4,
+    "num_channels": CHANNELS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTask(Classify):
+    """Classification of records that hold ``pixel_values`` [C, H, W] in place of tokens."""
+
+    def collate(self, examples: Sequence[Example], pad: int) -> tuple[dict[str, Any], Any]:
+        """Stack the images: [b, C, H, W], and labels [b]."""
+        pixels = torch.from_numpy(np.stack([np.asarray(e["pixel_values"]) for e in examples]))
+        return {"pixel_values": pixels}, torch.tensor([int(e["labels"]) for e in examples])
+
+
+def image_base(classes: tuple[str, ...], double: bool = True) -> Base:
+    """Return a random ViT with a classifier, which no checkpoint loader of the package reads."""
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = transformers.ViTForImageClassification(
+            transformers.ViTConfig(**_VIT, num_labels=len(classes))
+        )
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    model.requires_grad_(False).eval()
+    if double:
+        model.double()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    head = {name: shape for name, shape in shapes.items() if name.startswith("classifier.")}
+    linear = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "classifier"
+    }
+    found = Outline(linear, head, shapes, LIMIT, True)
+    kind = "sequence-classification"
+    return Base(model, None, found, Location("vit", "vit", None), kind, classes, frozenset())

@@ -43,17 +43,18 @@ class Quadratic:
     places: F64
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def collate(self, records: Sequence[Example], weights: Sequence[float]) -> Batch:
+    def collate(self, records: Sequence[Example | None], weights: Sequence[float]) -> Batch:
         """Keep the row numbers."""
-        rows = torch.tensor([int(r["input_ids"][0]) for r in records])
-        return Batch({"rows": rows}, rows, torch.tensor(weights, dtype=torch.float64))
+        rows = torch.tensor([0 if r is None else int(r["input_ids"][0]) for r in records])
+        lengths = [0 if r is None else len(r["input_ids"]) for r in records]
+        return Batch({"rows": rows}, rows, torch.tensor(weights, dtype=torch.float64), lengths)
 
     def grads(
         self,
         params: Stacked,
         fixed: Stacked,
         batch: Batch,
-        generators: Sequence[torch.Generator] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[Stacked, torch.Tensor]:
         """Return gradients and losses as a model's learner does."""
         leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
@@ -61,11 +62,16 @@ class Quadratic:
         found = torch.autograd.grad((losses * batch.weights).sum(), list(leaves.values()))
         return dict(zip(leaves, found, strict=True)), losses.detach()
 
-    def evaluate(self, tensors: Tensors, examples: Sequence[Example]) -> Metrics:
-        """Return the mean loss."""
-        rows = torch.tensor([int(e["input_ids"][0]) for e in examples])
-        stacked = {k: torch.from_numpy(np.array(v)).double()[None] for k, v in tensors.items()}
-        return {"loss": float(self._losses(stacked, rows).mean())}
+    def evaluate(
+        self, tensors: Sequence[Tensors], examples: Sequence[Sequence[Example]], width: int = 1
+    ) -> Sequence[Metrics]:
+        """Return the mean loss of each client."""
+        found = []
+        for own, records in zip(tensors, examples, strict=True):
+            rows = torch.tensor([int(e["input_ids"][0]) for e in records])
+            stacked = {k: torch.from_numpy(np.array(v)).double()[None] for k, v in own.items()}
+            found.append({"loss": float(self._losses(stacked, rows).mean())})
+        return found
 
     def _losses(self, params: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
         x = params["x"]

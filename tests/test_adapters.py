@@ -17,15 +17,17 @@ import pytest
 import torch
 
 from fedpeft.adapters import _peft_folder
+from fedpeft.adapters._stacked import masked
 from fedpeft.adapters.full import Full
 from fedpeft.adapters.lora import ATTENTION, Lora
 from fedpeft.errors import FedPeftError, ModelError
 from fedpeft.learner import ModelLearner
-from fedpeft.models._base import Base, to_torch
+from fedpeft.models._base import Base
 from fedpeft.models._outline import Outline, outline
 from fedpeft.spec import build
+from fedpeft.stacking import stack
 from fedpeft.tensors import shapes_of
-from fedpeft.types import Adapter, Batch, Tensors
+from fedpeft.types import Adapter, Batch, Dropout, Tensors
 from tests.architectures import CHECKPOINTS, checkpoint, fresh_base, inputs, randomised
 
 pytestmark = pytest.mark.filterwarnings(
@@ -70,7 +72,7 @@ def _shapes_and_values(adapter: Adapter, base: Base, seed: int = 0) -> Tensors:
 
 
 def _double(tensors: Tensors) -> dict[str, torch.Tensor]:
-    return to_torch({k: v.astype(np.float64) for k, v in tensors.items()}, torch.device("cpu"))
+    return stack([{k: v.astype(np.float64) for k, v in tensors.items()}], torch.device("cpu"))
 
 
 def _logits(adapter: Adapter, base: Base, tensors: Tensors, batch: Any) -> torch.Tensor:
@@ -263,6 +265,7 @@ def test_gradients_of_clients_do_not_mix(bases: Bases) -> None:
             {n: torch.cat([b[n] for b in batches]) for n in batches[0]},
             torch.tensor([0, 1, 2, 0] * len(clients)),
             torch.full((4 * len(clients),), 0.25, dtype=torch.float64),
+            [0] * (4 * len(clients)),
         )
         return learner.grads(params, {}, batch)
 
@@ -326,11 +329,14 @@ def test_a_head_that_is_not_linear_is_refused_and_leaves_no_hook(bases: Bases) -
     assert not any(m._forward_hooks for m in base.model.modules())
 
 
+LENGTH = 7
+
+
 # --- dropout ------------------------------------------------------------------------------------
 
 
-def _generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def _dropout(*seeds: int, lengths: tuple[int, ...] = (LENGTH,) * 4) -> Dropout:
+    return Dropout(seeds, lengths * len(seeds))
 
 
 def test_dropout_masks_belong_to_the_client(bases: Bases) -> None:
@@ -342,39 +348,47 @@ def test_dropout_masks_belong_to_the_client(bases: Bases) -> None:
     attached = adapter.attach(base)
     with torch.no_grad():
         quiet = attached(one, batch)
-        first, again = (attached(one, batch, _generators(1)) for _ in range(2))
+        first, again = (attached(one, batch, _dropout(1)) for _ in range(2))
         assert torch.equal(first, again)
         assert not torch.allclose(first, quiet)
-        other = attached(one, batch, _generators(2))
+        other = attached(one, batch, _dropout(2))
         assert not torch.allclose(first, other)
-        both = attached(two, twice, _generators(1, 2))
+        both = attached(two, twice, _dropout(1, 2))
         torch.testing.assert_close(both, torch.cat([first, other]), rtol=1e-12, atol=1e-12)
         assert torch.equal(attached(one, batch), quiet)
     attached.detach()
     assert torch.equal(torch.get_rng_state(), state)  # torch's own generator is not used
 
 
-def test_without_dropout_generators_are_not_touched(bases: Bases) -> None:
-    base, adapter, batch = bases("bert", CLASSIFY), Lora(r=3), inputs(2)
-    tensors = _double(_shapes_and_values(adapter, base))
-    generator = _generators(1)[0]
-    before = generator.get_state()
+def test_padding_changes_no_mask(bases: Bases) -> None:
+    base, adapter, batch = bases("bert", CLASSIFY), Lora(r=3, dropout=0.5), inputs(2)
+    one = _double(_shapes_and_values(adapter, base))
+    padded = {k: torch.nn.functional.pad(v, (0, 5)) for k, v in batch.items()}
+    own = tuple(int(n) for n in batch["attention_mask"].sum(1))
     attached = adapter.attach(base)
     with torch.no_grad():
-        assert torch.equal(attached(tensors, batch, [generator]), attached(tensors, batch))
+        short, long = (attached(one, b, _dropout(1, lengths=own)) for b in (batch, padded))
     attached.detach()
-    assert torch.equal(generator.get_state(), before)
+    torch.testing.assert_close(long, short, rtol=1e-12, atol=1e-12)
 
 
-def test_dropout_keeps_the_mean(bases: Bases) -> None:
-    attached: Any = Lora(r=3, dropout=0.25).attach(bases("bert", CLASSIFY))
-    x = torch.ones(2, 50, 100)
-    attached._generators = _generators(1, 2)
-    dropped = attached._drop(x, 2)
-    attached.detach()
-    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
+def test_rows_that_fill_up_draw_nothing() -> None:
+    x = torch.ones(4, 6, 10)
+    kept = _dropped(x, _dropout(1, 2, lengths=(3, 0)))
+    assert torch.equal(kept[1], x[1])
+    assert torch.equal(kept[0, 3:], x[0, 3:])
+    assert torch.equal(_dropped(x[::2], _dropout(1, 2, lengths=(3,)))[:, :3], kept[::2, :3])
+
+
+def test_dropout_keeps_the_mean() -> None:
+    dropped = _dropped(torch.ones(2, 50, 100), _dropout(1, 2, lengths=(50,)))
+    assert np.unique(dropped.numpy()) == pytest.approx(np.array([0.0, 4 / 3]))
     assert dropped.mean().item() == pytest.approx(1.0, abs=4 * math.sqrt(1 / 3 / 10_000))
     assert not torch.equal(dropped[0], dropped[1])
+
+
+def _dropped(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    return masked(x, dropout, 0.25, 0)
 
 
 # --- full ---------------------------------------------------------------------------------------
@@ -422,7 +436,7 @@ def test_full_exports_a_model_that_transformers_loads(
     again = fresh_base(tmp_path / "model", head, CLASSES if head == CLASSIFY else (), double=False)
     assert not again.missing
     with torch.no_grad():
-        expected = adapter.attach(base)(to_torch(tensors, torch.device("cpu")), batch)
+        expected = adapter.attach(base)(stack([tensors], torch.device("cpu")), batch)
         torch.testing.assert_close(again.model(**batch).logits, expected, rtol=0, atol=1e-6)
 
 
@@ -617,7 +631,7 @@ def test_training_a_alone_can_move(bases: Bases, init: str) -> None:
             if init == "kaiming":
                 assert np.abs(value).max() <= 1 / math.sqrt(16)
     learner = ModelLearner(base, Lora(r=4, train="A").attach(base), build("tasks", "classify"))
-    batch = Batch(inputs(2), torch.tensor([0, 1]), torch.full((2,), 0.5).double())
+    batch = Batch(inputs(2), torch.tensor([0, 1]), torch.full((2,), 0.5).double(), [0, 0])
     params = {k: v for k, v in _double(drawn).items() if "lora_A" in k}
     fixed = {k: v for k, v in _double(drawn).items() if k not in params}
     grads, _ = learner.grads(params, fixed, batch)

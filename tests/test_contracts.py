@@ -23,7 +23,7 @@ from fedpeft.plan import PARTS
 from fedpeft.spec import PROTOCOLS, build, describe, names
 
 ROOT = Path(fedpeft.__file__).parent
-OTHER_FOLDERS = {"engine", "models"}
+OTHER_FOLDERS = {"models"}
 """Folders of the package that hold no methods of a plan."""
 
 SAMPLES = {
@@ -40,6 +40,7 @@ NO_PAPER = {
     *("cohorts/everyone", "partitions/iid", "weighting/uniform"),
     *("data/csv", "data/embedded", "data/hub", "data/jsonl"),
     *("tasks/causal_lm", "tasks/classify"),
+    *(f"engine/{name}" for name in names("engine")),
 }
 """Methods whose first line says what they are instead of citing a paper."""
 

@@ -77,7 +77,8 @@ def test_the_library_never_imports_what_is_built_on_it(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_only_the_flower_modules_import_flwr(path: Path) -> None:
     if not (path.parent == ROOT and path.name.startswith("flower")):
-        assert not _roots(_imports(path)) & {"flwr", "ray"}
+        allowed = {"ray"} if path == ROOT / "engine" / "_cluster.py" else set()
+        assert _roots(_imports(path)) & {"flwr", "ray"} <= allowed
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
@@ -102,7 +103,8 @@ def test_what_a_plan_needs_imports_nothing_heavy_at_once(path: Path) -> None:
     "path", [p for f in FAMILIES for p in sorted((ROOT / f).glob("*.py"))], ids=_name
 )
 def test_methods_know_the_vocabulary_and_no_other_layer(path: Path) -> None:
-    allowed = {"types", "errors", "spec", "tensors", "rng", path.parent.name, "data", "models"}
+    allowed = {"types", "errors", "spec", "tensors", "stacking", "rng", "data", "models"}
+    allowed.add(path.parent.name)
     used = {m.split(".")[1] for m in _imports(path) if m.startswith("fedpeft.")}
     assert used <= allowed, f"{sorted(used - allowed)} belong to other layers or families"
 

@@ -13,9 +13,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from fedpeft.errors import ModelError
-from fedpeft.models._base import fingerprint, load_base, load_tokenizer, to_torch
+from fedpeft.models._base import fingerprint, load_base, load_tokenizer
 from fedpeft.models._locate import locate
 from fedpeft.models._outline import header, input_limit, outline
+from fedpeft.stacking import stack
 from tests.architectures import fresh_base
 
 CLASSIFY = "sequence-classification"
@@ -172,7 +173,7 @@ def test_arrays_get_the_client_dimension() -> None:
         "a": np.arange(6, dtype=np.float32).reshape(2, 3).T,
         "b": np.float32(2),
     }
-    found = to_torch(arrays, torch.device("cpu"))
+    found = stack([arrays], torch.device("cpu"))
     assert found["a"].shape == (1, 3, 2)
     assert found["b"].tolist() == [2.0]
     assert np.array_equal(found["a"][0].numpy(), arrays["a"])

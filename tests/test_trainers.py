@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.data._batching import stream
+from fedpeft.grouping import Grouping
 from fedpeft.errors import SpecError
 from fedpeft.learner import ModelLearner
 from fedpeft.rng import derive
@@ -131,7 +132,7 @@ def test_each_round_starts_a_fresh_optimizer(bowls: Quadratic) -> None:
 def test_received_tensors_are_left_as_they_were(bowls: Quadratic) -> None:
     params = _stacked(2)
     before = {k: v.clone() for k, v in params.items()}
-    fit = _fit(build("trainers", "plain(lr=0.1)"), bowls, [_records(0, 5), _records(5, 9)], params)
+    fit = _fit(build("trainers", "plain(lr=0.1)"), bowls, [_records(5, 9), _records(0, 5)], params)
     assert all(torch.equal(params[k], before[k]) for k in params)
     assert all(not torch.equal(params[k], fit.params[k]) for k in params)
     assert not any(v.requires_grad for v in fit.params.values())
@@ -157,7 +158,7 @@ def test_a_batch_in_parts_gives_the_same_step(
 ) -> None:
     whole = build("trainers", "plain(optimizer='sgd', lr=0.1, epochs=2, batch=8)")
     parts = build("trainers", f"plain(optimizer='sgd', lr=0.1, epochs=2, batch=8, {accumulate=})")
-    examples = [_records(0, count), _records(20, 8)]
+    examples = sorted([_records(0, count), _records(20, 8)], key=len, reverse=True)
     a, b = (_fit(t, bowls, examples, _stacked(2)) for t in (whole, parts))
     torch.testing.assert_close(a.params, b.params, rtol=0, atol=1e-14)
     assert (a.seen, a.steps, a.lr_sums) == (b.seen, b.steps, b.lr_sums)
@@ -168,7 +169,7 @@ def test_parts_are_worked_off_one_after_the_other(bowls: Quadratic) -> None:
     sizes = []
 
     class Watched(Quadratic):
-        def collate(self, records: Sequence[Example], weights: Sequence[float]) -> Any:
+        def collate(self, records: Sequence[Example | None], weights: Sequence[float]) -> Any:
             sizes.append(len(records))
             return super().collate(records, weights)
 
@@ -262,7 +263,7 @@ def test_the_budget_is_what_is_done(records: int, batch: int, amount: int, kind:
     told: list[int] = []
 
     class Still(Quadratic):
-        def grads(self, params: Stacked, fixed: Stacked, batch: Any, generators: Any = None) -> Any:
+        def grads(self, params: Stacked, fixed: Stacked, batch: Any, seeds: Any = None) -> Any:
             return {k: torch.zeros_like(v) for k, v in params.items()}, torch.zeros(
                 len(batch.labels)
             )
@@ -313,15 +314,18 @@ def test_one_length_of_a_round_is_given() -> None:
         "plain(lr=0.1, steps=5, batch=4, accumulate=2, schedule='linear')",
     ],
 )
-@pytest.mark.parametrize("sizes", [(5, 12), (12, 5), (3, 3), (1, 9, 4)])
+@pytest.mark.parametrize("sizes", [(12, 5), (3, 3), (9, 4, 1)])
+@pytest.mark.parametrize("width", [1, 2, 3])
 def test_clients_together_do_what_each_does_alone(
-    bowls: Quadratic, spec: str, sizes: tuple[int, ...]
+    bowls: Quadratic, spec: str, sizes: tuple[int, ...], width: int
 ) -> None:
     trainer, start = build("trainers", spec), _stacked(len(sizes))
     examples = [_records(13 * k, n) for k, n in enumerate(sizes)]
     seeds = [7 + k for k in range(len(sizes))]
     more: dict[str, Any] = {"progress": (0.25, 0.75)}
-    together = _fit(trainer, bowls, examples, start, seeds=seeds, **more)
+    together = _fit(
+        trainer, bowls, examples, start, seeds=seeds, grouping=Grouping(width), **more
+    )
     for k in range(len(sizes)):
         own = {name: value[k : k + 1] for name, value in start.items()}
         alone = _fit(trainer, bowls, [examples[k]], own, seeds=[seeds[k]], **more)
@@ -330,6 +334,12 @@ def test_clients_together_do_what_each_does_alone(
         assert (together.steps[k], together.seen[k]) == (alone.steps[0], alone.seen[0])
         assert together.lr_sums[k] == pytest.approx(alone.lr_sums[0], rel=1e-14)
         assert together.losses[k] == pytest.approx(alone.losses[0], rel=1e-12)
+
+
+def test_clients_out_of_order_are_refused(bowls: Quadratic) -> None:
+    trainer = build("trainers", "plain(epochs=1, batch=1)")
+    with pytest.raises(ValueError, match="falling budgets"):
+        _fit(trainer, bowls, [_records(0, 2), _records(2, 3)], _stacked(2))
 
 
 # --- on a model ---------------------------------------------------------------------------------

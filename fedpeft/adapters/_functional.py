@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from fedpeft.models._base import Base
+    from fedpeft.types import Dropout
 
 
 class Functional:
@@ -18,18 +19,23 @@ class Functional:
 
     def __init__(self, base: Base) -> None:
         self._model = base.model
+        self._kind = next(base.model.parameters()).dtype
 
     def __call__(
         self,
         params: Mapping[str, torch.Tensor],
         inputs: Mapping[str, torch.Tensor],
-        generators: Sequence[torch.Generator] | None = None,
+        dropout: Dropout | None = None,
     ) -> torch.Tensor:
         """Return logits [b, ...] under ``params`` [1, ...]."""
-        own = {name: value.squeeze(0) for name, value in params.items()}
+        own = {name: value.squeeze(0).to(self._kind) for name, value in params.items()}
         result = torch.func.functional_call(self._model, own, (), dict(inputs))
         logits: torch.Tensor = result.logits
         return logits
+
+    def checkpoint(self) -> bool:
+        """Refuse: a second forward pass would meet the base's parameters."""
+        return False
 
     def detach(self) -> None:
         """Nothing was changed."""

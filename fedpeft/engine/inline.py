@@ -1,45 +1,68 @@
-"""Clients one after the other in this process."""
+"""All clients in this process, on one resident model; up to ``group`` of them in one pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from fedpeft.evaluation import client_evaluation
-from fedpeft.memory import MemoryStore
-from fedpeft.rounds import client_round
-from fedpeft.site import Site
+from fedpeft.engine._base import Engine, Stage
+from fedpeft.engine._grouped import Grouped
+from fedpeft.errors import TrainError
+from fedpeft.spec import method
 from fedpeft.types import Metrics, Population
 from fedpeft.wire import Message
 
+if TYPE_CHECKING:
+    from fedpeft.engine._player import Player
 
-class Inline:
-    """The whole federation of a plan on one resident model."""
 
-    def __init__(self, site: Site, memories: MemoryStore) -> None:
-        self._site, self._memories = site, memories
+@method
+class Inline(Grouped):
+    """Clients in this process; see :class:`Grouped` for the fields."""
+
+    @contextmanager
+    def start(self, stage: Stage) -> Iterator[Engine]:
+        """Choose the group; nothing has to be stopped."""
+        from fedpeft.engine._player import Player
+
+        grouping = self.grouping(stage)
+        yield _Running(Player(stage.site, stage.memories, grouping, stage.warn, stage.seen), stage)
+
+
+class _Running:
+    """See ``engine._base.Engine``."""
+
+    def __init__(self, player: Player, stage: Stage) -> None:
+        self._player, self._population = player, stage.site.federation.population
 
     def population(self) -> Population:
         """Return every client with its training records."""
-        return self._site.federation.population
+        return self._population
 
     def exchange(
         self, requests: Iterable[tuple[str, Message]]
     ) -> Iterator[tuple[str, Message | bytes | Exception]]:
-        """Play each client's round, in the order asked."""
-        plan, site = self._site.plan, self._site
-        for client, message in requests:
-            memory = self._memories.load(client)
-            reply, after = client_round(plan, site, client, message, memory)
-            if site.tables.remembers:
-                self._memories.save(client, after)
-            yield client, reply
+        """Play each client's round. Raises ``TrainError`` where nobody's training stays finite."""
+        yield from some_finite(self._player.exchange(list(requests)))
 
     def evaluate(
         self, requests: Iterable[tuple[str, Message]]
     ) -> Iterator[tuple[str, Metrics | Exception]]:
         """Evaluate each client that has held-out records."""
-        plan, site = self._site.plan, self._site
-        for client, message in requests:
-            if held := site.held(client):
-                memory = self._memories.load(client)
-                yield client, client_evaluation(plan, site, held, client, message, memory)
+        yield from self._player.evaluate(list(requests))
+
+
+def some_finite(
+    answers: Iterable[tuple[str, Message | bytes | Exception]],
+) -> Iterator[tuple[str, Message | bytes | Exception]]:
+    """Pass answers on. Raises ``TrainError`` where every client failed: that is no bad luck."""
+    asked, failed = 0, dict[str, Exception]()
+    for client, answer in answers:
+        asked += 1
+        if isinstance(answer, Exception):
+            failed[client] = answer
+        yield client, answer
+    if failed and len(failed) == asked:
+        client, reason = next(iter(failed.items()))
+        raise TrainError(f"no client can be trained; {client}: {reason}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,8 +43,8 @@ class Base:
 
     def parameter(self, name: str) -> NDArray[np.float32]:
         """Return a copy of one parameter."""
-        value: NDArray[np.float32] = self.model.get_parameter(name).detach().cpu().numpy().copy()
-        return value
+        value = self.model.get_parameter(name).detach().to("cpu", torch.float32)
+        return np.array(value.numpy())
 
     def save_pretrained(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         """Write a ``transformers`` folder with these parameters."""
@@ -96,8 +95,10 @@ def load_tokenizer(model: str) -> Any:
 
 
 @per_version(2)
-def load_base(model: str, head: str, classes: tuple[str, ...], device: str) -> Base:
-    """Load ``model`` in float32 for ``head``, frozen and without dropout.
+def load_base(
+    model: str, head: str, classes: tuple[str, ...], device: str, precision: str = "float32"
+) -> Base:
+    """Load ``model`` in ``precision`` for ``head``, frozen and without dropout.
 
     Parameters the checkpoint does not have (a new classification head) belong to the outline's
     ``head``. Raises ``ModelError``.
@@ -117,7 +118,7 @@ def load_base(model: str, head: str, classes: tuple[str, ...], device: str) -> B
     try:
         loaded, info = auto.from_pretrained(
             location.source,
-            dtype=torch.float32,
+            dtype=getattr(torch, precision),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
@@ -213,17 +214,3 @@ def _cannot_load(location: Location, what: str, error: Exception) -> ModelError:
         return ModelError(unreachable(location))
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ModelError(f"model {location.source!r}: cannot load its {what}: {reason}")
-
-
-def to_torch(tensors: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
-    """View arrays as torch tensors with a client dimension: [...] becomes [1, ...].
-
-    On a CPU they share the arrays' memory, so they must not be written to.
-    """
-    found = {k: torch.from_numpy(v[None]) for k, v in tensors.items()}
-    return found if device.type == "cpu" else {k: v.to(device) for k, v in found.items()}
-
-
-with warnings.catch_warnings():  # torch tells once per process that these are not for writing
-    warnings.simplefilter("ignore")
-    torch.from_numpy(np.frombuffer(bytes(4), np.float32))

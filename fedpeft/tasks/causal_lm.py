@@ -111,15 +111,24 @@ class CausalLm:
         }
         return inputs, padded([example["labels"] for example in examples], _IGNORED)
 
+    def positions(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return where the next token is learned, bool [b, T]."""
+        import torch
+
+        end = torch.full_like(labels[:, :1], _IGNORED)
+        return torch.cat([labels[:, 1:], end], dim=1) != _IGNORED
+
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean over each record's learned tokens [b], in nats; at least float32.
 
-        ``logits`` [b, T, V] predict the next token. A mean over the batch's tokens would let a
-        record's gradient depend on the others, and differential privacy would not hold.
+        ``logits`` [b, T, V], or [n, V] at :meth:`positions`, predict the next token. A mean over
+        the batch's tokens would let a record's gradient depend on the others, and differential
+        privacy would not hold.
         """
         import torch
 
-        chosen, targets, where = _learned(logits, labels)
+        where = self.positions(labels)
+        chosen, targets = _learned(logits, labels, where)
         each = torch.nn.functional.cross_entropy(chosen, targets, reduction="none")
         spread = each.new_zeros(where.shape).masked_scatter(where, each)
         return spread.sum(dim=1) / where.sum(dim=1).clamp(min=1)
@@ -128,7 +137,7 @@ class CausalLm:
         """Return sums over the learned tokens of the batch."""
         import torch
 
-        chosen, targets, _ = _learned(logits, labels)
+        chosen, targets = _learned(logits, labels, self.positions(labels))
         loss = torch.nn.functional.cross_entropy(chosen, targets, reduction="none")
         return {
             "loss_sum": float(loss.double().sum()),
@@ -179,17 +188,16 @@ class CausalLm:
 
 
 def _learned(
-    logits: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return logits [n, V] and targets [n] of the n learned tokens, and where they are [b, T].
+    logits: torch.Tensor, labels: torch.Tensor, where: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits [n, V] and targets [n] of the n learned tokens.
 
-    Labels move instead of logits, and only learned rows are copied: with a large vocabulary the
-    logits are most of the memory of a step.
+    Only learned rows are copied: with a large vocabulary the logits are most of the memory of a
+    step.
     """
     import torch
 
-    following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], _IGNORED)], dim=1)
-    where = following != _IGNORED
-    chosen = logits.flatten(0, 1).index_select(0, where.flatten().nonzero().squeeze(1))
-    exact = chosen.to(torch.promote_types(logits.dtype, torch.float32))
-    return exact, following[where], where
+    if logits.dim() > 2:
+        logits = logits.flatten(0, 1).index_select(0, where.flatten().nonzero().squeeze(1))
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return exact, labels[:, 1:][where[:, :-1]]

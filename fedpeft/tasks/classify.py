@@ -124,6 +124,9 @@ class Classify:
             inputs["token_type_ids"] = padded([e["token_type_ids"] for e in examples], 0)
         return inputs, torch.tensor([int(e["labels"]) for e in examples], dtype=torch.int64)
 
+    def positions(self, labels: torch.Tensor) -> None:
+        """Return ``None``: a record has one row of logits."""
+
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the cross entropy [b], in nats, of ``logits`` [b, C]; at least float32."""
         import torch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from fedpeft.data._batching import stream
+from fedpeft.data._batching import lengths_of, stream
 from fedpeft.errors import SpecError
 from fedpeft.rng import derive
 from fedpeft.spec import bounded, method
@@ -70,31 +70,35 @@ class Plain:
         return replace(self, epochs=None, steps=None, records=max(1, records))
 
     def fit(self, job: Job) -> Fit:
-        """Train K clients side by side; one with fewer steps stands still while others go on."""
-        import torch
+        """Train K clients side by side; one with fewer steps leaves the others to go on.
 
-        generators = [torch.Generator().manual_seed(seed) for seed in job.seeds]
+        Raises ``ValueError`` where clients do not come in the order of falling budgets.
+        """
+        from fedpeft.trainers._passes import gradients
+
         plans = [list(self._order(e, s)) for e, s in zip(job.examples, job.seeds, strict=True)]
-        names = list(job.params)
-        leaves = [value.clone() for value in job.params.values()]
-        optimizer = self._optimizer(leaves)
-        clients, total = len(plans), max(len(p) for p in plans)
+        clients, steps = len(plans), [len(p) for p in plans]
+        if sorted(steps, reverse=True) != steps:
+            raise ValueError("clients must come in the order of falling budgets")
+        leaves = {name: value.clone() for name, value in job.params.items()}
+        optimizer = self._optimizer(list(leaves.values()))
         lr_sums, seen, losses = [0.0] * clients, [0] * clients, np.zeros(clients)
-        for step in range(total):
-            chosen = [p[step] if step < len(p) else p[-1][:0] for p in plans]
-            params = dict(zip(names, leaves, strict=True))
-            grads, sums = self._gradient(job, params, chosen, generators)
-            grads = self._clipped(job.adjust(grads, params))
-            rates = [self._rate(job, step / len(p)) if step < len(p) else 0.0 for p in plans]
-            _advance(optimizer, leaves, [grads[name] for name in names], rates)
-            for k in range(clients):
+        for step in range(steps[0]):
+            active = sum(s > step for s in steps)
+            chosen = [p[step] for p in plans[:active]]
+            params = {name: value[:active] for name, value in leaves.items()}
+            grads, sums = gradients(job, params, chosen, step, self.accumulate)
+            grads = self._clipped(_masked(job.adjust(grads, params), job.masks))
+            rates = [self._rate(job, step / s) for s in steps[:active]]
+            optimizer = _narrowed(optimizer, list(params.values()))
+            _advance(optimizer, [grads[name] for name in leaves], rates)
+            losses[:active] += sums
+            for k in range(active):
                 lr_sums[k] += rates[k]
                 seen[k] += len(chosen[k])
-            losses += sums
-            job.on_step(sum(len(c) for c in chosen))
+            job.on_step(sum(map(len, chosen)))
         means = [float(losses[k]) / max(seen[k], 1) for k in range(clients)]
-        params = dict(zip(names, leaves, strict=True))
-        return Fit(params, [len(p) for p in plans], lr_sums, seen, means)
+        return Fit(leaves, steps, lr_sums, seen, means)
 
     def _steps(self, records: int) -> int:
         """Return the optimizer steps of one round for a client of ``records``."""
@@ -105,7 +109,7 @@ class Plain:
         return whole * per_epoch + math.ceil(rest / self.batch)
 
     def _order(self, examples: Sequence[Example], seed: int) -> Iterator[np.ndarray]:
-        lengths = [len(example["input_ids"]) for example in examples]
+        lengths = lengths_of(examples)
         return stream(lengths, self.batch, derive(seed, "order"), self._steps(len(lengths)))
 
     def _optimizer(self, leaves: list[torch.Tensor]) -> torch.optim.Optimizer:
@@ -123,33 +127,6 @@ class Plain:
         fall = {"constant": 0.0, "linear": at, "cosine": (1 - math.cos(math.pi * at)) / 2}
         return self.lr * (1 - (1 - self.final) * fall[self.schedule])
 
-    def _gradient(
-        self,
-        job: Job,
-        params: Stacked,
-        chosen: Sequence[np.ndarray],
-        generators: Sequence[torch.Generator],
-    ) -> tuple[Stacked, np.ndarray]:
-        """Return each client's mean gradient over its chosen records, and the sums of losses."""
-        total: Stacked = {}
-        sums = np.zeros(len(chosen))
-        size = max(len(c) for c in chosen)
-        part = math.ceil(size / self.accumulate)
-        for at in range(0, size, part):
-            rows = [c[at : at + part] for c in chosen]
-            width = max(len(r) for r in rows)
-            records, weights = [], []
-            for k, row in enumerate(rows):
-                filled = [*row, *[0] * (width - len(row))]
-                records += [job.examples[k][i] for i in filled]
-                weights += [1 / max(len(chosen[k]), 1)] * len(row) + [0.0] * (width - len(row))
-            batch = job.learner.collate(records, weights)
-            grads, losses = job.learner.grads(params, job.fixed, batch, generators)
-            real = (batch.weights > 0) * losses
-            sums += real.reshape(len(chosen), width).sum(1).double().cpu().numpy()
-            total = {k: total[k] + g for k, g in grads.items()} if total else grads
-        return total, sums
-
     def _clipped(self, grads: Stacked) -> Stacked:
         if self.clip is None:
             return grads
@@ -158,29 +135,51 @@ class Plain:
         return {k: g * factors.reshape(-1, *[1] * (g.dim() - 1)) for k, g in grads.items()}
 
 
+def _masked(grads: Stacked, masks: Stacked) -> Stacked:
+    return {k: g * masks[k][: len(g)] if k in masks else g for k, g in grads.items()}
+
+
+def _narrowed(
+    optimizer: torch.optim.Optimizer, params: list[torch.Tensor]
+) -> torch.optim.Optimizer:
+    """Return ``optimizer`` for the first clients of its parameters, ``params`` being views of them.
+
+    State is shared: it is of the same clients.
+    """
+    group = optimizer.param_groups[0]
+    if group["params"][0].shape == params[0].shape:
+        return optimizer
+    state = {}
+    for old, new in zip(group["params"], params, strict=True):
+        held = optimizer.state[old].items()
+        state[new] = {k: v[: len(new)] if v.dim() == old.dim() else v for k, v in held}
+    group["params"] = params
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    return optimizer
+
+
 def _advance(
-    optimizer: torch.optim.Optimizer,
-    leaves: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    rates: Sequence[float],
+    optimizer: torch.optim.Optimizer, grads: Sequence[torch.Tensor], rates: Sequence[float]
 ) -> None:
-    """Take one step at each client's own rate; one that is done, rate 0, keeps what it has.
+    """Take one step at each client's own rate.
 
     A step of every optimizer here is proportional to its rate, so it is taken at the highest one
     and shortened for the others.
     """
     import torch
 
+    group = optimizer.param_groups[0]
     highest = max(rates)
-    optimizer.param_groups[0]["lr"] = highest
-    shares = [rate / highest if highest else 0.0 for rate in rates]
-    before = None if min(shares) == 1 else [leaf.clone() for leaf in leaves]
-    for leaf, grad in zip(leaves, grads, strict=True):
+    group["lr"] = highest
+    uneven = min(rates) < highest
+    before = [leaf.clone() for leaf in group["params"]] if uneven else []
+    for leaf, grad in zip(group["params"], grads, strict=True):
         leaf.grad = grad
     optimizer.step()
-    for i, leaf in enumerate(leaves):
+    for leaf in group["params"]:
         leaf.grad = None
-        if before is not None:
-            share = torch.tensor(shares, dtype=leaf.dtype, device=leaf.device)
-            share = share.reshape(-1, *[1] * (leaf.dim() - 1))
-            leaf.copy_(torch.where(share > 0, before[i].lerp(leaf, share), before[i]))
+    for leaf, old in zip(group["params"], before, strict=False):
+        share = torch.tensor([r / highest for r in rates], dtype=leaf.dtype, device=leaf.device)
+        share = share.reshape(-1, *[1] * (leaf.dim() - 1))
+        leaf.copy_(torch.where(share > 0, old.lerp(leaf, share), old))

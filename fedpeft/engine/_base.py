@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from fedpeft.types import Metrics, Population
 from fedpeft.wire import Message
+
+if TYPE_CHECKING:
+    from fedpeft.memory import MemoryStore
+    from fedpeft.site import Site
 
 
 class Engine(Protocol):
@@ -27,3 +33,18 @@ class Engine(Protocol):
     ) -> Iterator[tuple[str, Metrics | Exception]]:
         """Have each client evaluate on its held-out records; one without any answers nothing."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a simulation gives its engine.
+
+    ``site`` is the driver's own; ``memories`` are where clients keep theirs. ``folder`` is the run
+    folder, where there is one. ``warn`` tells the user; ``seen`` is told the records of each step.
+    """
+
+    site: Site
+    memories: MemoryStore
+    folder: Path | None
+    warn: Callable[[str], None]
+    seen: Callable[[int], None] = lambda _: None

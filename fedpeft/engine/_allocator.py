@@ -1,0 +1,29 @@
+"""Has the C library keep the memory that a pass frees, because the next pass takes it again."""
+
+from __future__ import annotations
+
+import ctypes
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+"""Parameters of mallopt(3)."""
+_LARGEST_MMAP_THRESHOLD = 1 << 25
+"""Larger ones are refused by glibc."""
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to hand blocks below 32 MB out again instead of giving them to the system.
+
+    By default a tensor of more than 128 KB is mapped anew each time, and the system has to clear
+    its pages before they are used. The process then keeps the most it ever needed. False where the
+    C library takes no such wish.
+    """
+    try:
+        tune = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    wishes = (
+        (_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD),
+        (_TRIM_THRESHOLD, (1 << 31) - 1),
+        (_TOP_PAD, 1 << 26),
+    )
+    return all(tune(parameter, value) == 1 for parameter, value in wishes)

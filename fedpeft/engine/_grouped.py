@@ -1,0 +1,66 @@
+"""How many clients share a pass: said by the user, or measured on the plan's own records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+from fedpeft.durable import replace_file
+from fedpeft.engine._base import Stage
+from fedpeft.errors import GroupError, RunError
+from fedpeft.grouping import Grouping
+from fedpeft.spec import bounded, method
+
+
+@method
+class Grouped:
+    """What every engine that plays clients in groups can be told.
+
+    ``group`` is how many clients may share a forward and backward pass: a number, or ``"auto"`` for
+    the fastest that fits into ``memory`` (GB that a pass may take; by default half of what is
+    free), measured on the plan's own records before the first round. With more than one, results
+    differ by rounding from those of clients in turn. ``checkpointing`` computes the activations of
+    the model's layers again in the backward pass: less memory, more time, the same result.
+    """
+
+    group: int | Literal["auto"] = bounded(default=1, low=1)
+    memory: float | None = bounded(default=None, above=0)
+    checkpointing: bool = False
+
+    def grouping(self, stage: Stage) -> Grouping:
+        """Return which clients share a pass, by measuring where that was asked for.
+
+        What was measured is kept in the run folder, so that a resumed run repeats the same bits.
+        """
+        if self.group != "auto":
+            return Grouping(self.group, checkpointing=self.checkpointing)
+        most = stage.site.attached.max_group
+        if most is not None and most == 1:
+            stage.warn("clients train one at a time: this adapter has no stacked form")
+            return Grouping()
+        path = stage.folder / "grouping.json" if stage.folder else None
+        if path is not None and path.exists():
+            return replace(_read(path), checkpointing=self.checkpointing)
+        from fedpeft.engine._measure import measured
+
+        if self.checkpointing:
+            stage.site.attached.checkpoint()
+        try:
+            found = replace(measured(stage.site, self.memory), checkpointing=self.checkpointing)
+        except GroupError as error:
+            stage.warn(f"clients train one at a time: {error}")
+            found = Grouping(checkpointing=self.checkpointing)
+        if path is not None:
+            replace_file(path, [json.dumps(asdict(found)).encode()], "plan")
+        return found
+
+
+def _read(path: Path) -> Grouping:
+    try:
+        told = json.loads(path.read_bytes())
+        costs = tuple((float(tokens), float(seconds)) for tokens, seconds in told["costs"])
+        return Grouping(int(told["width"]), costs)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise RunError(f"{path}: damaged ({error}); start again in another folder") from None

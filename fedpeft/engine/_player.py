@@ -1,0 +1,159 @@
+"""Plays the clients of one process, in groups that share forward and backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+from fedpeft.engine._allocator import keep_freed_memory
+from fedpeft.errors import FedPeftError, GroupError, TrainError
+from fedpeft.evaluation import group_evaluation
+from fedpeft.grouping import Grouping
+from fedpeft.memory import MemoryStore
+from fedpeft.rounds import Asked, group_round
+from fedpeft.site import Site
+from fedpeft.types import Metrics
+from fedpeft.wire import Message
+
+if TYPE_CHECKING:
+    import torch
+
+_POOLED = 256
+"""Clients whose held-out records are evaluated together where they hold the same adapter."""
+_STATE = 5
+"""Copies of what trains that a client in training holds: itself, gradient, optimizer, a spare."""
+_SHARE = 0.25
+"""Part of the free memory that clients waiting for a pass may take."""
+
+Request = tuple[str, Message]
+_T = TypeVar("_T")
+
+
+class Player:
+    """Plays rounds and evaluates; a group that does not fit into memory is halved."""
+
+    def __init__(
+        self,
+        site: Site,
+        memories: MemoryStore,
+        grouping: Grouping,
+        warn: Callable[[str], None],
+        on_step: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._site, self._memories, self._warn, self._on_step = site, memories, warn, on_step
+        self.grouping = grouping
+        keep_freed_memory()
+        if grouping.checkpointing and not site.attached.checkpoint():
+            warn("checkpointing: this model or adapter has no layers that can be computed again")
+        most = site.attached.max_group
+        if most is not None and grouping.width > most:
+            self._alone("this adapter has no stacked form")
+
+    def window(self, clients: int, workers: int = 1) -> int:
+        """Return how many of ``clients`` a worker should be handed at once."""
+        tables = self._site.tables
+        roles = tables.roles(0)
+        trained = sum(4 * _product(shape) for k, shape in tables.shapes.items() if k in roles.train)
+        most = self.grouping.window(_STATE * trained, int(_SHARE * free_memory(self._device)))
+        parts = -(-clients // most)
+        return -(-clients // (-(-parts // workers) * workers)) if clients else 1
+
+    def exchange(self, requests: Sequence[Request]) -> Iterator[tuple[str, Message | FedPeftError]]:
+        """Play each client's round; window by window, in the order asked."""
+        left = iter(requests)
+        while part := list(islice(left, self.window(len(requests)))):
+            asked = [self._asked(*request) for request in part]
+            play = partial(group_round, self._site.plan, self._site, asked, on_step=self._on_step)
+            for played in self._sharing(asked, play):
+                if self._site.tables.remembers and isinstance(played.reply, Message):
+                    self._memories.save(played.client, played.memory)
+                yield played.client, played.reply
+
+    def evaluate(self, requests: Sequence[Request]) -> Iterator[tuple[str, Metrics]]:
+        """Evaluate each client that has held-out records."""
+        left = ((c, m) for c, m in requests if len(self._site.held(c)))
+        width = self.grouping.width
+        while part := list(islice(left, _POOLED if width > 1 else 1)):
+            asked = [self._asked(*request) for request in part]
+            held = [self._site.held(client) for client, _ in part]
+            evaluate = partial(group_evaluation, self._site.plan, self._site, asked, held)
+            found = self._sharing(asked, evaluate)
+            yield from zip([client for client, _ in part], found, strict=True)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._site.learner.device
+
+    def _asked(self, client: str, message: Message) -> Asked:
+        return Asked(client, message, self._memories.load(client))
+
+    def _sharing(self, asked: Sequence[Asked], work: Callable[[Grouping], _T]) -> _T:
+        """Do ``work`` as the grouping says, or with fewer clients in a pass where it must be."""
+        while True:
+            try:
+                return work(self.grouping)
+            except GroupError as error:
+                self._alone(str(error))
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._halve(asked)  # when the error no longer holds the tensors of the failed pass
+
+    def _halve(self, asked: Sequence[Asked]) -> None:
+        if self.grouping.width == 1:
+            raise TrainError(
+                f"{asked[0].client}: one client's pass does not fit into memory; lower the "
+                "trainer's batch, or raise accumulate"
+            )
+        release(self._device)
+        self.grouping = self.grouping.halved()
+        self._warn(f"a group does not fit into memory; going on with group={self.grouping.width}")
+
+    def _alone(self, reason: str) -> None:
+        self.grouping = replace(self.grouping, width=1, costs=())
+        self._warn(f"clients train one at a time: {reason}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an allocation failed, on a CPU or a GPU."""
+    import torch
+
+    told = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error).lower() for words in told
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes are free on ``device``: a GPU's, or what the system can give."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = dict(line.split(":", 1) for line in file)
+        return 1024 * int(found["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return 1 << 31
+
+
+def release(device: torch.device) -> None:
+    """Give cached blocks back to the device."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    import math
+
+    return math.prod(shape)
