@@ -108,9 +108,7 @@ def grid(
     outcomes = run_grid(
         cells,
         folder,
-        lambda plan, path: simulate(
-            plan, out=path, resume=True, device=device, engine=place
-        ).table,
+        lambda plan, path: simulate(plan, out=path, resume=True, device=device, engine=place).table,
         plan_digest,
         lambda i, outcome: show_cell(i, len(cells), outcome),
     )

@@ -10,7 +10,8 @@ import contextlib
 import fcntl
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fedpeft.errors import RunError
@@ -21,6 +22,9 @@ MOMENTS = ("begun", "half", "written", "synced", "renamed", "settled")
 """Nothing yet; half the bytes; before fsync; after it and before the rename; after the rename and
 before the folder's fsync; after that."""
 FAULTS = tuple(f"{kind}.{moment}" for kind in KINDS for moment in MOMENTS)
+
+_AT_ONCE = 8
+"""Files waiting for the disk together: it writes them in fewer turns."""
 
 _passed: dict[str, int] = {}
 
@@ -46,6 +50,56 @@ def replace_file(path: Path, pieces: Iterable[bytes], kind: str) -> None:
         _write(temporary, pieces, kind, "wb")
         os.replace(temporary, path)
         _settle(path.parent, kind)
+
+
+def write_pending(path: Path, data: bytes, kind: str) -> None:
+    """Write ``path`` as :func:`replace_file` does, but without waiting for the disk.
+
+    It outlives this process, but a power cut only once :func:`settle` has been called.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    with _writing(path):
+        if not path.parent.is_dir():
+            make_folder(path.parent)
+        half = len(data) // 2
+        fault(f"{kind}.begun")
+        with temporary.open("wb") as file:
+            file.write(data[:half])
+            file.flush()
+            fault(f"{kind}.half")
+            file.write(data[half:])
+        fault(f"{kind}.written")
+        os.replace(temporary, path)
+
+
+def settle(pending: Mapping[Path, Path], kind: str) -> None:
+    """Put pending files of one folder in their places, all of them durable in a few turns.
+
+    ``pending`` maps a file of :func:`write_pending` to its place. Raises ``RunError`` where the
+    disk fails.
+    """
+    if not pending:
+        return
+    folder = next(iter(pending)).parent
+    with _writing(folder):
+        with ThreadPoolExecutor(min(_AT_ONCE, len(pending))) as pool:
+            for _ in pool.map(_sync, pending):
+                fault(f"{kind}.synced")
+        for written, place in pending.items():
+            os.replace(written, place)
+            fault(f"{kind}.renamed")
+        _sync(folder)
+        for _ in pending:
+            fault(f"{kind}.settled")
+
+
+def move(path: Path, to: Path) -> bool:
+    """Rename what need not outlive a power cut; False where another process was first."""
+    try:
+        os.rename(path, to)
+    except OSError:
+        return False
+    return True
 
 
 def append_line(path: Path, line: str, kind: str) -> None:

@@ -7,19 +7,16 @@ acknowledged before that, for a server that goes back to its last checkpoint but
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from fedpeft.durable import fault, make_folder
+from fedpeft.durable import settle, write_pending
 from fedpeft.errors import RunError
 from fedpeft.tensor_file import read_tensor_file, tensor_bytes
 from fedpeft.tensors import prefixed, select
@@ -27,8 +24,6 @@ from fedpeft.types import Tensors
 
 NEVER = -1
 """The acknowledgement a client gets before any of its replies was used."""
-_AT_ONCE = 8
-"""Files waiting for the disk together: it writes them in fewer turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +123,7 @@ class OnDisk:
             return
         note = {"versions": [str(version) for version in memory.versions]}
         _, pending = self._paths(client)
-        with _writing(pending):
-            if not self.folder.is_dir():
-                make_folder(self.folder)
-            _write(pending, tensor_bytes(flat, note))
+        write_pending(pending, tensor_bytes(flat, note), "memory")
         if not self.deferred:
             self.settle([client])
 
@@ -140,54 +132,11 @@ class OnDisk:
 
         Raises ``RunError`` where the disk fails.
         """
-        paths = [self._paths(client) for client in clients]
-        paths = [(settled, pending) for settled, pending in paths if pending.exists()]
-        if not paths:
-            return
-        with _writing(self.folder):
-            with ThreadPoolExecutor(min(_AT_ONCE, len(paths))) as pool:
-                for _ in pool.map(_sync, [pending for _, pending in paths]):
-                    fault("memory.synced")
-            for settled, pending in paths:
-                os.replace(pending, settled)
-                fault("memory.renamed")
-            _sync(self.folder)
-            for _ in paths:
-                fault("memory.settled")
+        paths = (self._paths(client) for client in clients)
+        settle({pending: settled for settled, pending in paths if pending.exists()}, "memory")
 
     def _paths(self, client: str) -> tuple[Path, Path]:
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", client)[:60]
         digest = hashlib.blake2b(client.encode(), digest_size=6).hexdigest()
         name = self.folder / f"{plain}-{digest}"
         return name.with_name(f"{name.name}.safetensors"), name.with_name(f"{name.name}.pending")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace ``path``, in the order of ``durable.MOMENTS`` but without waiting for the disk."""
-    temporary = path.with_name(f".{path.name}.new")
-    half = len(data) // 2
-    fault("memory.begun")
-    with temporary.open("wb") as file:
-        file.write(data[:half])
-        file.flush()
-        fault("memory.half")
-        file.write(data[half:])
-    fault("memory.written")
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise RunError(f"{path}: cannot be written ({reason}); continue with --resume") from error

@@ -36,7 +36,7 @@ def taken(stacked: Stacked, members: Sequence[int]) -> Stacked:
         if value.stride(0) == 0:  # the same for all
             found[name] = value[:1].expand(len(members), *value.shape[1:])
         else:
-            found[name] = value[torch.tensor(members, device=value.device)]
+            found[name] = value.index_select(0, torch.tensor(members, device=value.device))
     return found
 
 

@@ -25,6 +25,7 @@ import xxhash
 from numpy.typing import NDArray
 
 import fedpeft
+from fedpeft.durable import move
 from fedpeft.errors import RunError
 from fedpeft.models._base import fingerprint
 from fedpeft.models._locate import locate
@@ -173,18 +174,10 @@ def _keep(folder: Path, made: Mapping[str, Tokens]) -> dict[str, Tokens] | None:
         mine = Path(name) / "entry"
         mine.mkdir(mode=0o700)
         _write(mine, made)
-        if not _moved(mine, folder) and _open(folder, whole=True) is None:
-            _moved(folder, Path(name) / "damaged")
-            _moved(mine, folder)
+        if not move(mine, folder) and _open(folder, whole=True) is None:
+            move(folder, Path(name) / "damaged")
+            move(mine, folder)
     return _open(folder, whole=False)
-
-
-def _moved(path: Path, to: Path) -> bool:
-    try:
-        path.rename(to)
-    except OSError:  # another process was first
-        return False
-    return True
 
 
 def _write(folder: Path, made: Mapping[str, Tokens]) -> None:

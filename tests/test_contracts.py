@@ -40,7 +40,7 @@ NO_PAPER = {
     *("cohorts/everyone", "partitions/iid", "weighting/uniform"),
     *("data/csv", "data/embedded", "data/hub", "data/jsonl"),
     *("tasks/causal_lm", "tasks/classify"),
-    *(f"engine/{name}" for name in names("engine")),
+    *("engine/inline", "engine/processes"),
 }
 """Methods whose first line says what they are instead of citing a paper."""
 

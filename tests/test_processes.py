@@ -246,7 +246,7 @@ class Scripted:
     def next(self) -> tuple[int, Event]:
         return self._events.popleft()
 
-    def replace(self, number: int) -> None:
+    def restart(self, number: int) -> None:
         self.replaced.append(number)
 
 

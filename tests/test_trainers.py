@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.data._batching import stream
-from fedpeft.grouping import Grouping
 from fedpeft.errors import SpecError
+from fedpeft.grouping import Grouping
 from fedpeft.learner import ModelLearner
 from fedpeft.rng import derive
 from fedpeft.spec import build
@@ -323,9 +323,7 @@ def test_clients_together_do_what_each_does_alone(
     examples = [_records(13 * k, n) for k, n in enumerate(sizes)]
     seeds = [7 + k for k in range(len(sizes))]
     more: dict[str, Any] = {"progress": (0.25, 0.75)}
-    together = _fit(
-        trainer, bowls, examples, start, seeds=seeds, grouping=Grouping(width), **more
-    )
+    together = _fit(trainer, bowls, examples, start, seeds=seeds, grouping=Grouping(width), **more)
     for k in range(len(sizes)):
         own = {name: value[k : k + 1] for name, value in start.items()}
         alone = _fit(trainer, bowls, [examples[k]], own, seeds=[seeds[k]], **more)

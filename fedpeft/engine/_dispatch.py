@@ -107,7 +107,7 @@ class Crew(Protocol):
         """Wait for the next thing that a worker tells."""
         ...
 
-    def replace(self, number: int) -> None:
+    def restart(self, number: int) -> None:
         """Start another worker in the place of a dead one."""
         ...
 
@@ -196,7 +196,7 @@ class Dispatch:
             self._stillborn += 1
             if self._stillborn == _TRIES:
                 raise RunError(f"engine: workers cannot start ({event.cause})")
-        self._crew.replace(number)
+        self._crew.restart(number)
         if window is not None:
             window.deaths += 1
             if window.deaths == _TRIES:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -29,10 +31,11 @@ class Grouped:
     memory: float | None = bounded(default=None, above=0)
     checkpointing: bool = False
 
-    def grouping(self, stage: Stage) -> Grouping:
+    def grouping(self, stage: Stage, threads: int | None = None) -> Grouping:
         """Return which clients share a pass, by measuring where that was asked for.
 
-        What was measured is kept in the run folder, so that a resumed run repeats the same bits.
+        ``threads`` are those of the process that will train, where it is another one. What was
+        measured is kept in the run folder, so that a resumed run repeats the same bits.
         """
         if self.group != "auto":
             return Grouping(self.group, checkpointing=self.checkpointing)
@@ -48,13 +51,28 @@ class Grouped:
         if self.checkpointing:
             stage.site.attached.checkpoint()
         try:
-            found = replace(measured(stage.site, self.memory), checkpointing=self.checkpointing)
+            with _threads(threads):
+                found = measured(stage.site, self.memory)
+            found = replace(found, checkpointing=self.checkpointing)
         except GroupError as error:
             stage.warn(f"clients train one at a time: {error}")
             found = Grouping(checkpointing=self.checkpointing)
         if path is not None:
             replace_file(path, [json.dumps(asdict(found)).encode()], "plan")
         return found
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Have torch work with another number of threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _read(path: Path) -> Grouping:

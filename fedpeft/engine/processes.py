@@ -54,7 +54,8 @@ class Processes(Grouped):
             if not isinstance(memories, OnDisk):
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedpeft-"))
                 memories = OnDisk(Path(folder), deferred=True)
-            player = Player(stage.site, memories, self.grouping(stage), stage.warn)
+            grouping = self.grouping(stage, threads)
+            player = Player(stage.site, memories, grouping, stage.warn)
             setup = Setup.of(stage.site, player.grouping, threads)
             block = stack.enter_context(closing(Block(setup)))
             base = stage.site.base
@@ -108,7 +109,7 @@ class _Crew:
         self._begun.add(number)
         return number, event_of(told, body)
 
-    def replace(self, number: int) -> None:
+    def restart(self, number: int) -> None:
         """Start another worker in the place of a dead one."""
         self._start(number)
 

@@ -120,7 +120,7 @@ class _Crew:
         self._body: tuple[Body | None, Any] = (None, None)
         self._begun = False
         for number in range(size):
-            self.replace(number)
+            self.restart(number)
 
     def hand(self, number: int, window: Window, width: int) -> None:
         """Submit a window with the memories of its clients."""
@@ -143,7 +143,7 @@ class _Crew:
                 self._stage.warn("no worker could start yet: the cluster is busy, or starts nodes")
         return self._events.popleft()
 
-    def replace(self, number: int) -> None:
+    def restart(self, number: int) -> None:
         """Start an actor, in the place of a dead one if there was one."""
         self._kill(number)
         self._actors[number] = self._make()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedpeft.data._batching import length
 from fedpeft.rng import derive_seed
 from fedpeft.stacking import taken
-from fedpeft.types import Job, Stacked
+from fedpeft.types import Batch, Job, Stacked
 
 Rows = NDArray[np.int64]
 
@@ -45,41 +45,51 @@ def _part(
     busy = [k for k, row in enumerate(rows) if len(row)]
     lengths = [max(length(job.examples[k][i]) for i in rows[k]) for k in busy]
     passes = job.grouping.passes([len(rows[k]) for k in busy], lengths)
-    total: Stacked = {}
+    order = [busy[i] for each in passes for i in each]
+    sorted_params, sorted_fixed = taken(params, order), taken(job.fixed, order)
+    found, start = list[Stacked](), 0
     for each in passes:
-        members = [busy[i] for i in each]
-        grads, losses = _one_pass(job, params, members, rows, weights, moment)
-        sums[members] += losses
-        if len(members) == len(rows):  # all, in their order
-            return grads
-        if not total:  # every client with records is in one pass
-            make = torch.empty_like if len(busy) == len(rows) else torch.zeros_like
-            total = {k: make(v) for k, v in params.items()}
-        where = torch.tensor(members, device=job.learner.device)
-        for name, grad in grads.items():
-            total[name].index_copy_(0, where, grad)
-    return total
+        here = slice(start, start + len(each))
+        members, start = order[here], here.stop
+        batch = _batch(job, members, rows, weights)
+        seeds = [derive_seed(job.seeds[k], "dropout", *moment) for k in members]
+        own = {name: value[here] for name, value in sorted_params.items()}
+        fixed = {name: value[here] for name, value in sorted_fixed.items()}
+        grads, losses = job.learner.grads(own, fixed, batch, seeds)
+        real = torch.where(batch.weights > 0, losses, 0.0).reshape(len(members), -1)
+        sums[members] += real.sum(1).double().cpu().numpy()
+        found.append(grads)
+    return _put_back(found, order, params)
 
 
-def _one_pass(
-    job: Job,
-    params: Stacked,
-    members: Sequence[int],
-    rows: Sequence[Rows],
-    weights: Sequence[float],
-    moment: tuple[int, int],
-) -> tuple[Stacked, NDArray[np.float64]]:
-    """Return gradients [len(members), ...] and sums of losses of some clients."""
+def _batch(
+    job: Job, members: Sequence[int], rows: Sequence[Rows], weights: Sequence[float]
+) -> Batch:
+    """Collate the records of some clients, equally many rows for each."""
     height = max(len(rows[k]) for k in members)
     records, shares = [], []
     for k in members:
         spare = height - len(rows[k])
         records += [*(job.examples[k][i] for i in rows[k]), *[None] * spare]
         shares += [weights[k]] * len(rows[k]) + [0.0] * spare
-    batch = job.learner.collate(records, shares)
-    seeds = [derive_seed(job.seeds[k], "dropout", *moment) for k in members]
-    grads, losses = job.learner.grads(
-        taken(params, members), taken(job.fixed, members), batch, seeds
-    )
-    real = torch.where(batch.weights > 0, losses, 0.0)
-    return grads, real.reshape(len(members), height).sum(1).double().cpu().numpy()
+    return job.learner.collate(records, shares)
+
+
+def _put_back(found: Sequence[Stacked], order: Sequence[int], params: Stacked) -> Stacked:
+    """Return the gradients of all passes in the clients' own order; zero where there is none."""
+    if len(found) == 1 and order == list(range(len(order))) and len(order) == _clients(params):
+        return found[0]
+    total: Stacked = {}
+    for name, value in params.items():
+        joined = torch.cat([grads[name] for grads in found])
+        if len(order) == len(value):
+            back = torch.from_numpy(np.argsort(order)).to(value.device)
+            total[name] = joined.index_select(0, back)
+        else:
+            where = torch.tensor(order, device=value.device)
+            total[name] = torch.zeros_like(value).index_copy_(0, where, joined)
+    return total
+
+
+def _clients(params: Stacked) -> int:
+    return len(next(iter(params.values())))
