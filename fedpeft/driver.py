@@ -152,8 +152,8 @@ def simulate(
     texts = encode(plan, federation)  # a text that cannot be used leaves no folder behind
     inputs, federation = input_digests(plan, federation), federation.without_rows()
     del checked
-    group = getattr(simulation, "group", 1)
-    with RunFolder(Path(out), plan, inputs, resume=resume, group=group) as folder:
+    made_with = simulation.made_with()
+    with RunFolder(Path(out), plan, inputs, resume=resume, made_with=made_with) as folder:
         asked = plan.comparisons if federation.splits.test is not None else ()
         if folder.finished and set(asked) <= set(folder.compared()):
             return _finished(plan, folder)

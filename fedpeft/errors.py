@@ -9,6 +9,7 @@
     ├── TrainError   local training that did not stay finite, or does not fit into memory
     ├── WireError    bytes from outside that are not the expected packet
     └── RunError     a run folder that is in use, finished, changed, damaged or in the way
+        └── DamagedError  a file of a run whose content is not what was written
 
 The command line prints the message after ``error:`` and exits with status 2.
 """
@@ -54,3 +55,7 @@ class WireError(FedPeftError, ValueError):
 
 class RunError(FedPeftError, OSError):
     """A run folder that is in use, finished, changed, damaged or in the way."""
+
+
+class DamagedError(RunError):
+    """A file of a run whose content is not what was written."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from fedpeft.durable import settle, write_pending
-from fedpeft.errors import RunError
+from fedpeft.errors import DamagedError, RunError
 from fedpeft.tensor_file import read_tensor_file, tensor_bytes
 from fedpeft.tensors import prefixed, select
 from fedpeft.types import Tensors
@@ -106,7 +106,7 @@ class OnDisk:
         if pending.exists():
             try:
                 held, note = read_tensor_file(pending, remedy)
-            except RunError:  # cut short by a power cut: nobody has relied on it, nor ever must
+            except DamagedError:  # by a power cut: nobody has relied on it, nor ever must
                 pending.unlink(missing_ok=True)
         if held is None and settled.exists():
             held, note = read_tensor_file(settled, remedy)

@@ -51,6 +51,8 @@ EVALUATIONS = ("test", "clients")
 PRECISIONS = ("float32", "bfloat16")
 _LISTS = ("evaluate", "compare")
 """Lines that are lists of words, and so may be empty."""
+_ADDED = {"precision": "float32"}
+"""Lines added since runs were first kept, with the value that they had before."""
 _REPORTING = ("compare",)
 """Lines that do not change the adapter, and so are not part of a run's identity."""
 
@@ -160,8 +162,9 @@ class Plan:
         return found | {k: v for k, v in scalars.items() if v is not None}
 
     def identity(self) -> dict[str, Any]:
-        """Return the lines that decide the adapter."""
-        return {k: v for k, v in self.lines().items() if k not in _REPORTING}
+        """Return the lines that decide the adapter; one newer than a run counts if it is set."""
+        found = {k: v for k, v in self.lines().items() if k not in _REPORTING}
+        return {k: v for k, v in found.items() if (k, v) not in _ADDED.items()}
 
     def digest(self, *inputs: str) -> str:
         """Return the content address of this plan on ``inputs`` (digests of data and model).

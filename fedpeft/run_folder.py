@@ -12,6 +12,7 @@
     result.json      the final table: the mark of a finished run
     events.*         TensorBoard
     versions.json    what the run was made with
+    grouping.json    which clients share a pass, where that was measured
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ class RunFolder:
         inputs: tuple[str, ...],
         *,
         resume: bool,
-        group: int | str = 1,
+        made_with: Mapping[str, int | str] | None = None,
     ) -> None:
         self.path, self.plan = path, plan
-        self._made_with = versions() | {"group": group}
+        self._made_with = {**versions(), **(made_with or {})}
         self.digest = plan.digest(*inputs)
         if self._foreign():
             raise RunError(f"{path}: not empty and no run of fedpeft; choose another --out")
@@ -188,6 +189,7 @@ class RunFolder:
 
     def _begin(self, inputs: tuple[str, ...]) -> str:
         lines, run = self.plan.lines(), uuid.uuid4().hex
+        (self.path / "grouping.json").unlink(missing_ok=True)  # of another plan
         text = yaml.safe_dump(lines, sort_keys=False, allow_unicode=True, width=1000)
         replace_file(self.path / "plan.yaml", [text.encode()], "plan")
         self._write("versions.json", self._made_with, "plan")

@@ -14,7 +14,7 @@ import xxhash
 from safetensors.numpy import save
 
 from fedpeft.durable import replace_file
-from fedpeft.errors import RunError
+from fedpeft.errors import DamagedError, RunError
 from fedpeft.types import Tensors
 
 _DIGITS = 16
@@ -45,15 +45,18 @@ def tensor_bytes(tensors: Tensors, note: Mapping[str, Any]) -> bytes:
 def read_tensor_file(path: Path, remedy: str) -> tuple[Tensors, dict[str, Any]]:
     """Return the arrays, only to be read, in the order written, and the note.
 
-    Raises ``RunError`` that ends with ``remedy`` where the file is cut short or damaged.
+    Raises ``DamagedError`` that ends with ``remedy`` where the file is cut short or damaged,
+    ``RunError`` where the system cannot read it.
     """
     try:
         about, tensors = _parsed(_content(path))
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise RunError(f"{path}: cut short or damaged ({error}); {remedy}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{path}: cut short or damaged ({error}); {remedy}") from None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     checksum, text = about[:_DIGITS], about[_DIGITS:]
     if checksum != _checksum(tensors, text):
-        raise RunError(f"{path}: damaged, its checksum does not match; {remedy}")
+        raise DamagedError(f"{path}: damaged, its checksum does not match; {remedy}")
     told = json.loads(text)
     return {name: tensors[name] for name in told["order"]}, told["note"]
 

@@ -118,6 +118,8 @@ class _File:
 
     def read(self, folder: Path, *, whole: bool) -> NDArray[Any]:
         """Map the array. Raises ``ValueError`` for another size or, if ``whole``, other content."""
+        if Path(self.name).name != self.name:
+            raise ValueError(f"{self.name!r} is no file of an entry")
         path, dtype = folder / self.name, np.dtype(self.dtype)
         if path.stat().st_size != self.count * dtype.itemsize:
             raise ValueError(f"{path} is cut short")
@@ -139,6 +141,7 @@ def _folder() -> Path:
 def _open(folder: Path, *, whole: bool) -> dict[str, Tokens] | None:
     """Map an entry; ``None`` where there is none or it is damaged. ``whole`` reads every byte."""
     try:
+        _check_owner(folder)
         checksum, _, text = (folder / _MANIFEST).read_text(encoding="utf-8").partition("\n")
         if checksum != xxhash.xxh3_64_hexdigest(text.encode()):
             return None
@@ -152,9 +155,17 @@ def _open(folder: Path, *, whole: bool) -> dict[str, Tokens] | None:
                 for name, (values, offsets) in about["columns"].items()
             }
             found[split] = Tokens(columns, about["records"], (_again, (folder, split)))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     return found
+
+
+def _check_owner(folder: Path) -> None:
+    """Raise ``ValueError`` for an entry that somebody else could have written."""
+    for path in (folder.parent, folder):
+        found = path.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise ValueError(f"{path} belongs to or can be written by others")
 
 
 def _again(folder: Path, split: str) -> Tokens:

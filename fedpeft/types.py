@@ -518,6 +518,10 @@ class Preset(Protocol):
 class Simulation(Protocol):
     """``engine/``: where the clients of a simulation run. Part of no plan: it changes no result."""
 
+    def made_with(self) -> Mapping[str, int | str]:
+        """Return what decides the last bits of a run beside its plan, such as threads."""
+        ...
+
     def start(self, stage: Stage) -> AbstractContextManager[Engine]:
         """Return the running engine; leaving its context stops what it has started."""
         ...

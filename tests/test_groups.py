@@ -236,6 +236,16 @@ def test_parts_of_a_batch_are_shared_too(camps: Camps) -> None:
     assert_same(together, train_alone(camp, moment), EXACT)
 
 
+def test_parts_of_a_batch_draw_their_own_masks(camps: Camps) -> None:
+    """A client's parts are cut from its own batch, not from the longest one of the group."""
+    camp = camps(
+        "bert", "plain(lr=0.05, epochs=1, batch=4, accumulate=2)", adapter="r=3, dropout=0.3"
+    )
+    moment = second_round(camp)
+    together = train(camp, moment, list(SIZES), WIDE)
+    assert_same(together, train_alone(camp, moment), EXACT)
+
+
 def test_measured_costs_decide_who_shares_a_pass(camps: Camps) -> None:
     camp = camps("bert")
     moment = second_round(camp)

@@ -461,3 +461,10 @@ def test_a_second_worker_takes_little_memory() -> None:
     assert done.returncode == 0, done.stderr
     rows = {row["workers"]: row for row in json.loads(done.stdout)["rows"]}
     assert rows[2]["pss_mb"] < 1.3 * rows[1]["pss_mb"]
+
+
+def test_bfloat16_is_the_same_in_every_process(bert: Path) -> None:
+    plan = support_plan(bert, precision="bfloat16", rounds=1)
+    alone = simulate(plan, engine="inline")
+    spread = simulate(plan, engine="processes(workers=2, threads=1)")
+    assert same(alone.tensors, spread.tensors)

@@ -205,7 +205,7 @@ def test_resumed_from_the_checkpoint_before(runs: Runs, whole: Whole, tmp_path: 
     newest.write_bytes(newest.read_bytes()[:-1])
     before = content(path)
     error = runs(path, resume=True).error
-    assert error.startswith(f"RunError: {newest}: cut short or damaged")
+    assert error.startswith(f"DamagedError: {newest}: cut short or damaged")
     assert error.endswith("delete it to resume from state-000001.safetensors")
     assert content(path) == before
     newest.unlink()
@@ -219,7 +219,7 @@ def test_a_damaged_memory_is_refused(runs: Runs, tmp_path: Path) -> None:
         memory.write_bytes(memory.read_bytes()[:-1])
     before = content(path)
     error = runs(path, resume=True).error
-    assert "RunError" in error
+    assert error.startswith("DamagedError: ")
     assert error.endswith("restore the client's memory or start a new run")
     assert content(path) == before
 

@@ -120,5 +120,5 @@ def test_equal_content_is_an_equal_file(tmp_path: Path) -> None:
 
 def test_no_file_at_all(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(RunError, match="cut short or damaged"):
+        with pytest.raises(RunError, match="cannot be read"):
             read_tensor_file(path, "")

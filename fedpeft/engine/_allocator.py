@@ -27,3 +27,11 @@ def keep_freed_memory() -> bool:
         (_TOP_PAD, 1 << 26),
     )
     return all(tune(parameter, value) == 1 for parameter, value in wishes)
+
+
+def give_back() -> None:
+    """Return to the system what lies freed in this process, once."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return

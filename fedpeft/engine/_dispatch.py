@@ -200,8 +200,14 @@ class Dispatch:
         if window is not None:
             window.deaths += 1
             if window.deaths == _TRIES:
-                raise TrainError(f"workers keep dying ({event.cause}) while they play {window}")
+                raise TrainError(
+                    f"workers keep dying ({event.cause}) while they play {window}; "
+                    "lower group or workers"
+                )
             self._stage.warn(f"a worker died ({event.cause}); playing {window} again")
+            if window.deaths > 1 and self._player.grouping.width > 1:  # no longer bad luck
+                self._player.grouping = self._player.grouping.halved()
+                self._stage.warn(f"going on with group={self._player.grouping.width}")
         return window
 
 

@@ -31,18 +31,23 @@ class Grouped:
     memory: float | None = bounded(default=None, above=0)
     checkpointing: bool = False
 
-    def grouping(self, stage: Stage, threads: int | None = None) -> Grouping:
+    def made_with(self) -> dict[str, int | str]:
+        """Return what decides the last bits of a run beside its plan."""
+        return {"group": self.group}
+
+    def grouping(self, stage: Stage, threads: int | None = None, workers: int = 1) -> Grouping:
         """Return which clients share a pass, by measuring where that was asked for.
 
-        ``threads`` are those of the process that will train, where it is another one. What was
-        measured is kept in the run folder, so that a resumed run repeats the same bits.
+        ``threads`` are those of a process that will train, of which there will be ``workers`` at
+        once. What was measured is kept in the run folder, so that a resumed run repeats the same
+        bits.
         """
         if self.group != "auto":
             return Grouping(self.group, checkpointing=self.checkpointing)
         most = stage.site.attached.max_group
         if most is not None and most == 1:
             stage.warn("clients train one at a time: this adapter has no stacked form")
-            return Grouping()
+            return Grouping(checkpointing=self.checkpointing)
         path = stage.folder / "grouping.json" if stage.folder else None
         if path is not None and path.exists():
             return replace(_read(path), checkpointing=self.checkpointing)
@@ -52,7 +57,7 @@ class Grouped:
             stage.site.attached.checkpoint()
         try:
             with _threads(threads):
-                found = measured(stage.site, self.memory)
+                found = measured(stage.site, self.memory, workers)
             found = replace(found, checkpointing=self.checkpointing)
         except GroupError as error:
             stage.warn(f"clients train one at a time: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.data._batching import length
-from fedpeft.engine._player import free_memory, is_out_of_memory, release
+from fedpeft.engine._allocator import give_back, keep_freed_memory
+from fedpeft.engine._player import TOO_LARGE, is_out_of_memory, release
+from fedpeft.errors import TrainError
 from fedpeft.grouping import Grouping
 from fedpeft.rng import derive
 from fedpeft.stacking import stack
@@ -29,13 +32,16 @@ _SHARE = 0.5
 """Part of the free memory that a pass may take where nothing was said."""
 
 
-def measured(site: Site, memory: float | None) -> Grouping:
-    """Return the fastest grouping whose passes fit into ``memory`` (GB; None: half of the free).
+def measured(site: Site, memory: float | None, workers: int = 1) -> Grouping:
+    """Return the fastest grouping whose passes fit into ``memory`` (GB).
 
-    A pass of 1, 2, 4 ... clients is timed with records of middle length, until larger ones gain
-    nothing, do not fit, or there are not so many clients.
+    Without it, as many ``workers`` as train at once may take half of what is free. A pass of 1, 2,
+    4 ... clients is timed with records of middle length, until larger ones gain nothing, do not
+    fit, or there are not so many clients. Raises ``TrainError`` where not even one client fits.
     """
-    allowed = 1e9 * memory if memory else _SHARE * free_memory(site.learner.device)
+    keep_freed_memory()  # as in training
+    free = _SHARE * _free_memory(site.learner.device) / workers
+    allowed = 1e9 * memory if memory else free
     most = min(_LARGEST, max(1, round(site.plan.cohort.expected(len(site.federation.population)))))
     records, height = _typical(site)
     found, width = list[tuple[float, float]](), 1
@@ -47,8 +53,10 @@ def measured(site: Site, memory: float | None) -> Grouping:
         try:
             seconds, peak = _timed(site, records, width, height)
         except (RuntimeError, MemoryError) as error:
-            if width == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if width == 1:
+                raise TrainError(TOO_LARGE) from None
             failed = True
         if failed:
             release(site.learner.device)
@@ -120,6 +128,7 @@ def _peak(device: Any) -> Iterator[_Peak]:
         yield found
         found.bytes = torch.cuda.max_memory_allocated(device) - before
         return
+    give_back()  # what lies freed in this process would hide what the pass takes
     before = _resident(reset=True)
     yield found
     found.bytes = max(0, _resident() - before)
@@ -134,6 +143,32 @@ def _resident(reset: bool = False) -> int:
     except OSError:
         return 0
     return next((1024 * int(x.split()[1]) for x in status.splitlines() if "VmHWM" in x), 0)
+
+
+def _free_memory(device: Any) -> int:
+    """Return how many bytes are free on ``device``: a GPU's, or what the system can give."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = dict(line.split(":", 1) for line in file)
+        return min(1024 * int(found["MemAvailable"].split()[0]), _container_limit())
+    except (OSError, KeyError, ValueError):
+        return 1 << 31
+
+
+def _container_limit() -> int:
+    """Return what is left of the limit of this process's control group, if it has one."""
+    try:
+        most, used = (
+            Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii").strip()
+            for name in ("max", "current")
+        )
+    except OSError:
+        return sys.maxsize
+    return int(most) - int(used) if most.isdigit() else sys.maxsize
 
 
 def _expected(used: Sequence[int]) -> float:

@@ -25,8 +25,13 @@ _POOLED = 256
 """Clients whose held-out records are evaluated together where they hold the same adapter."""
 _STATE = 5
 """Copies of what trains that a client in training holds: itself, gradient, optimizer, a spare."""
-_SHARE = 0.25
-"""Part of the free memory that clients waiting for a pass may take."""
+_WAITING = 1 << 30
+"""Bytes that clients who wait for a pass may take: fixed, because who shares a pass decides
+the last bits, and a resumed run must repeat them."""
+
+TOO_LARGE = (
+    "one client's pass does not fit into memory; lower the trainer's batch or raise accumulate"
+)
 
 Request = tuple[str, Message]
 _T = TypeVar("_T")
@@ -57,7 +62,7 @@ class Player:
         tables = self._site.tables
         roles = tables.roles(0)
         trained = sum(4 * _product(shape) for k, shape in tables.shapes.items() if k in roles.train)
-        most = self.grouping.window(_STATE * trained, int(_SHARE * free_memory(self._device)))
+        most = self.grouping.window(_STATE * trained, _WAITING)
         parts = -(-clients // most)
         return -(-clients // (-(-parts // workers) * workers)) if clients else 1
 
@@ -105,10 +110,7 @@ class Player:
 
     def _halve(self, asked: Sequence[Asked]) -> None:
         if self.grouping.width == 1:
-            raise TrainError(
-                f"{asked[0].client}: one client's pass does not fit into memory; lower the "
-                "trainer's batch, or raise accumulate"
-            )
+            raise TrainError(f"{asked[0].client}: {TOO_LARGE}")
         release(self._device)
         self.grouping = self.grouping.halved()
         self._warn(f"a group does not fit into memory; going on with group={self.grouping.width}")
@@ -126,20 +128,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         words in str(error).lower() for words in told
     )
-
-
-def free_memory(device: torch.device) -> int:
-    """Return how many bytes are free on ``device``: a GPU's, or what the system can give."""
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = dict(line.split(":", 1) for line in file)
-        return 1024 * int(found["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return 1 << 31
 
 
 def release(device: torch.device) -> None:

@@ -17,6 +17,7 @@ from fedpeft.errors import FedPeftError, PlanError
 from fedpeft.federation import Federation
 from fedpeft.grouping import Grouping
 from fedpeft.memory import MemoryStore
+from fedpeft.models._attention import suit_attention
 from fedpeft.plan import Plan
 from fedpeft.site import Site, Texts
 from fedpeft.tokens import Tokens
@@ -70,6 +71,7 @@ class Worker:
 
         torch.set_num_threads(setup.threads)
         base = replace(setup.base, model=setup.base.model.to(device))
+        suit_attention(base.model, torch.device(device))
         plan = Plan.from_lines(setup.lines)
         self._site = Site(plan, setup.federation, device, setup.texts, base=base)
         self._site.initial = setup.initial

@@ -41,6 +41,13 @@ class Processes(Grouped):
     workers: int = bounded(default=2, low=1)
     threads: int | None = bounded(default=None, low=1)
 
+    def made_with(self) -> dict[str, int | str]:
+        """Return what decides the last bits of a run beside its plan."""
+        from fedpeft.engine._worker import cores
+
+        found = {**super().made_with(), "threads": self.threads or _share(cores(), self.workers)}
+        return found | ({} if self.group == 1 else {"workers": self.workers})
+
     @contextmanager
     def start(self, stage: Stage) -> Iterator[Engine]:
         """Start the workers; they end with the context, or with this process."""
@@ -48,13 +55,13 @@ class Processes(Grouped):
         from fedpeft.engine._player import Player
         from fedpeft.engine._worker import Setup, cores
 
-        threads = self.threads or max(1, cores() // self.workers)
+        threads = self.threads or _share(cores(), self.workers)
         with ExitStack() as stack:
             memories: MemoryStore = stage.memories
             if not isinstance(memories, OnDisk):
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedpeft-"))
                 memories = OnDisk(Path(folder), deferred=True)
-            grouping = self.grouping(stage, threads)
+            grouping = self.grouping(stage, threads, self.workers)
             player = Player(stage.site, memories, grouping, stage.warn)
             setup = Setup.of(stage.site, player.grouping, threads)
             block = stack.enter_context(closing(Block(setup)))
@@ -64,6 +71,10 @@ class Processes(Grouped):
             stack.callback(crew.close)
             crew.start()
             yield Dispatch(stage, player, crew)
+
+
+def _share(cores: int, workers: int) -> int:
+    return max(1, cores // workers)
 
 
 class _Crew:

@@ -47,6 +47,10 @@ class Ray(Grouped):
     workers: int | None = bounded(default=None, low=1)
     threads: int | None = bounded(default=None, low=1)
 
+    def made_with(self) -> dict[str, int | str]:
+        """Return what decides the last bits of a run beside its plan."""
+        return {**super().made_with(), "threads": self.threads or max(1, int(self.num_cpus))}
+
     @contextmanager
     def start(self, stage: Stage) -> Iterator[Engine]:
         """Join or start Ray; leave or end it with the context.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from fedpeft.errors import ModelError
-from fedpeft.models._attention import attend_in_float32
+from fedpeft.models._attention import suit_attention
 from fedpeft.models._locate import Location, file_of, locate, unreachable
 from fedpeft.models._outline import HEADS, Outline, input_limit, is_head, read_config
 
@@ -132,8 +132,7 @@ def load_base(
     loaded.config.pad_token_id = tokenizer.pad_token_id
     loaded.config.use_cache = False
     loaded.requires_grad_(False).eval().to(device)
-    if precision != "float32" and torch.device(device).type == "cpu":
-        attend_in_float32(loaded)
+    suit_attention(loaded, torch.device(device))
     parameters = dict(loaded.named_parameters())
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     missing = frozenset(k for k in {*info["missing_keys"], *mismatched} if k in parameters)

@@ -26,10 +26,12 @@ def gradients(
     each, worked off in ``parts`` equal parts.
     """
     sums, total = np.zeros(len(chosen)), dict[str, torch.Tensor]()
-    part = math.ceil(max(map(len, chosen)) / parts)
-    for at in range(0, max(map(len, chosen)), part):
-        rows = [c[at : at + part] for c in chosen]
-        found = _part(job, params, rows, [1 / len(c) for c in chosen], (step, at), sums)
+    sizes = [math.ceil(len(c) / parts) for c in chosen]
+    for j in range(parts):
+        rows = [c[j * size : (j + 1) * size] for c, size in zip(chosen, sizes, strict=True)]
+        if not any(map(len, rows)):
+            break
+        found = _part(job, params, rows, [1 / len(c) for c in chosen], (step, j), sums)
         total = {k: total[k] + g for k, g in found.items()} if total else found
     return total, sums
 
