@@ -14,6 +14,7 @@ import torch
 from fedpeft.driver import Quiet, simulate
 from fedpeft.engine import _measure
 from fedpeft.engine._allocator import keep_freed_memory
+from fedpeft.engine._base import Stage
 from fedpeft.engine._grouped import Grouped
 from fedpeft.errors import PlanError, RunError, SpecError
 from fedpeft.federation import deal
@@ -232,3 +233,15 @@ def test_an_unknown_precision_is_refused(bert: Path) -> None:
 
 def _classes(plan: Plan) -> tuple[str, ...]:
     return deal(plan).classes
+
+
+def test_a_resumed_run_keeps_to_the_group_that_fitted(bert: Path, tmp_path: Path) -> None:
+    plan, out = support_plan(bert), tmp_path / "run"
+    simulate(plan, out=out, engine="inline(group=4)")
+    assert not (out / "grouping.json").exists()
+    stage = Stage(None, None, out, lambda _: None)  # type: ignore[arg-type]
+    engine = build("engine", "inline(group=4)")
+    assert engine.grouping(stage) == Grouping(4)
+    engine.keep(stage, Grouping(2))
+    assert engine.grouping(stage) == Grouping(2)
+    assert build("engine", "inline").grouping(stage) == Grouping(1)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -250,9 +251,22 @@ class Scripted:
         self.replaced.append(number)
 
 
+class Planner:
+    """As much of a player as dealing windows asks for."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self.grouping = size, Grouping(8, checkpointing=True)
+
+    def window(self, *_: int) -> int:
+        return self._size
+
+    def narrow(self, width: int) -> None:
+        self.grouping = replace(self.grouping, width=min(width, self.grouping.width))
+
+
 def dispatch(crew: Scripted, size: int = 1) -> tuple[Dispatch, list[str], Any]:
     warnings: list[str] = []
-    player = SimpleNamespace(window=lambda *_: size, grouping=Grouping(8, checkpointing=True))
+    player = Planner(size)
     federation = SimpleNamespace(held={name: [0] for name in "abcd"})
     site = SimpleNamespace(federation=federation)
     stage: Any = SimpleNamespace(site=site, warn=warnings.append, seen=lambda _: None)

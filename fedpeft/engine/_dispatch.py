@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -185,8 +185,7 @@ class Dispatch:
                 self._warned.add(text)
                 self._stage.warn(text)
         if event.width is not None:
-            now = self._player.grouping
-            self._player.grouping = replace(now, width=min(now.width, event.width))
+            self._player.narrow(event.width)
 
     def _buried(self, number: int, event: Died) -> Window | None:
         """Replace a dead worker; return the window it was at. Raises where that is no use."""
@@ -206,7 +205,7 @@ class Dispatch:
                 )
             self._stage.warn(f"a worker died ({event.cause}); playing {window} again")
             if window.deaths > 1 and self._player.grouping.width > 1:  # no longer bad luck
-                self._player.grouping = self._player.grouping.halved()
+                self._player.narrow(self._player.grouping.halved().width)
                 self._stage.warn(f"going on with group={self._player.grouping.width}")
         return window
 

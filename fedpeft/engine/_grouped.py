@@ -39,18 +39,21 @@ class Grouped:
         """Return which clients share a pass, by measuring where that was asked for.
 
         ``threads`` are those of a process that will train, of which there will be ``workers`` at
-        once. What was measured is kept in the run folder, so that a resumed run repeats the same
-        bits.
+        once. What was measured, or did not fit into memory, is kept in the run folder, so that a
+        resumed run repeats the same bits.
         """
+        path = _path(stage)
+        kept = _read(path) if path is not None and path.exists() else None
         if self.group != "auto":
-            return Grouping(self.group, checkpointing=self.checkpointing)
+            narrowed = kept is not None and not kept.costs and kept.width < self.group
+            width = kept.width if kept is not None and narrowed else self.group
+            return Grouping(width, checkpointing=self.checkpointing)
         most = stage.site.attached.max_group
         if most is not None and most == 1:
             stage.warn("clients train one at a time: this adapter has no stacked form")
             return Grouping(checkpointing=self.checkpointing)
-        path = stage.folder / "grouping.json" if stage.folder else None
-        if path is not None and path.exists():
-            return replace(_read(path), checkpointing=self.checkpointing)
+        if kept is not None:
+            return replace(kept, checkpointing=self.checkpointing)
         from fedpeft.engine._measure import measured
 
         if self.checkpointing:
@@ -62,9 +65,13 @@ class Grouped:
         except GroupError as error:
             stage.warn(f"clients train one at a time: {error}")
             found = Grouping(checkpointing=self.checkpointing)
-        if path is not None:
-            replace_file(path, [json.dumps(asdict(found)).encode()], "plan")
+        self.keep(stage, found)
         return found
+
+    def keep(self, stage: Stage, grouping: Grouping) -> None:
+        """Have a resumed run group its clients like this."""
+        if path := _path(stage):
+            replace_file(path, [json.dumps(asdict(grouping)).encode()], "plan")
 
 
 @contextmanager
@@ -78,6 +85,10 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _path(stage: Stage) -> Path | None:
+    return stage.folder / "grouping.json" if stage.folder else None
 
 
 def _read(path: Path) -> Grouping:

@@ -47,8 +47,10 @@ class Player:
         grouping: Grouping,
         warn: Callable[[str], None],
         on_step: Callable[[int], None] = lambda _: None,
+        keep: Callable[[Grouping], None] = lambda _: None,
     ) -> None:
         self._site, self._memories, self._warn, self._on_step = site, memories, warn, on_step
+        self._keep = keep
         self.grouping = grouping
         keep_freed_memory()
         if grouping.checkpointing and not site.attached.checkpoint():
@@ -56,6 +58,12 @@ class Player:
         most = site.attached.max_group
         if most is not None and grouping.width > most:
             self._alone("this adapter has no stacked form")
+
+    def narrow(self, width: int) -> None:
+        """Let no more than ``width`` clients share a pass from now on, in a resumed run as well."""
+        if width < self.grouping.width:
+            self.grouping = replace(self.grouping, width=width)
+            self._keep(self.grouping)
 
     def window(self, clients: int, workers: int = 1) -> int:
         """Return how many of ``clients`` a worker should be handed at once."""
@@ -112,7 +120,7 @@ class Player:
         if self.grouping.width == 1:
             raise TrainError(f"{asked[0].client}: {TOO_LARGE}")
         release(self._device)
-        self.grouping = self.grouping.halved()
+        self.narrow(self.grouping.halved().width)
         self._warn(f"a group does not fit into memory; going on with group={self.grouping.width}")
 
     def _alone(self, reason: str) -> None:

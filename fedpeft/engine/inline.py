@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fedpeft.engine._base import Engine, Stage
@@ -27,7 +28,9 @@ class Inline(Grouped):
         from fedpeft.engine._player import Player
 
         grouping = self.grouping(stage)
-        yield _Running(Player(stage.site, stage.memories, grouping, stage.warn, stage.seen), stage)
+        keep = partial(self.keep, stage)
+        player = Player(stage.site, stage.memories, grouping, stage.warn, stage.seen, keep)
+        yield _Running(player, stage)
 
 
 class _Running:

@@ -9,6 +9,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -43,9 +44,7 @@ class Processes(Grouped):
 
     def made_with(self) -> dict[str, int | str]:
         """Return what decides the last bits of a run beside its plan."""
-        from fedpeft.engine._worker import cores
-
-        found = {**super().made_with(), "threads": self.threads or _share(cores(), self.workers)}
+        found = {**super().made_with(), "threads": self._threads()}
         return found | ({} if self.group == 1 else {"workers": self.workers})
 
     @contextmanager
@@ -53,16 +52,17 @@ class Processes(Grouped):
         """Start the workers; they end with the context, or with this process."""
         from fedpeft.engine._block import Block
         from fedpeft.engine._player import Player
-        from fedpeft.engine._worker import Setup, cores
+        from fedpeft.engine._worker import Setup
 
-        threads = self.threads or _share(cores(), self.workers)
+        threads = self._threads()
         with ExitStack() as stack:
             memories: MemoryStore = stage.memories
             if not isinstance(memories, OnDisk):
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedpeft-"))
                 memories = OnDisk(Path(folder), deferred=True)
             grouping = self.grouping(stage, threads, self.workers)
-            player = Player(stage.site, memories, grouping, stage.warn)
+            keep = partial(self.keep, stage)
+            player = Player(stage.site, memories, grouping, stage.warn, keep=keep)
             setup = Setup.of(stage.site, player.grouping, threads)
             block = stack.enter_context(closing(Block(setup)))
             base = stage.site.base
@@ -72,9 +72,10 @@ class Processes(Grouped):
             crew.start()
             yield Dispatch(stage, player, crew)
 
+    def _threads(self) -> int:
+        from fedpeft.engine._worker import cores
 
-def _share(cores: int, workers: int) -> int:
-    return max(1, cores // workers)
+        return self.threads or max(1, cores() // self.workers)
 
 
 class _Crew:

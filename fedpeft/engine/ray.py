@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,8 @@ class Ray(Grouped):
                 stack.callback(ray.shutdown)
                 join(ray, self.address)
             size = self._fitting([node["Resources"] for node in ray.nodes() if node["Alive"]])
-            player = Player(stage.site, stage.memories, self.grouping(stage), stage.warn)
+            grouping, keep = self.grouping(stage), partial(self.keep, stage)
+            player = Player(stage.site, stage.memories, grouping, stage.warn, keep=keep)
             threads = self.threads or max(1, int(self.num_cpus))
             setup = Setup.of(stage.site, player.grouping, threads, far=True)
             parcel, tensors, arrays = pack(setup)
