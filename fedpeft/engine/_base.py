@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from fedpeft.errors import TrainError
 from fedpeft.types import Metrics, Population
 from fedpeft.wire import Message
 
@@ -48,3 +49,18 @@ class Stage:
     folder: Path | None
     warn: Callable[[str], None]
     seen: Callable[[int], None] = lambda _: None
+
+
+def some_finite(
+    answers: Iterable[tuple[str, Message | bytes | Exception]],
+) -> Iterator[tuple[str, Message | bytes | Exception]]:
+    """Pass answers on. Raises ``TrainError`` where every client failed: that is no bad luck."""
+    asked, failed = 0, dict[str, Exception]()
+    for client, answer in answers:
+        asked += 1
+        if isinstance(answer, Exception):
+            failed[client] = answer
+        yield client, answer
+    if failed and len(failed) == asked:
+        client, reason = next(iter(failed.items()))
+        raise TrainError(f"no client can be trained; {client}: {reason}")

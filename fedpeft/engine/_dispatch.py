@@ -9,8 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import fedpeft.errors
-from fedpeft.engine._base import Stage
-from fedpeft.engine.inline import some_finite
+from fedpeft.engine._base import Stage, some_finite
 from fedpeft.errors import FedPeftError, RunError, TrainError
 from fedpeft.types import Metrics, Population
 from fedpeft.wire import Body, Message

@@ -15,6 +15,7 @@ from fedpeft.grouping import Grouping
 from fedpeft.memory import MemoryStore
 from fedpeft.rounds import Asked, group_round
 from fedpeft.site import Site
+from fedpeft.tensors import size
 from fedpeft.types import Metrics
 from fedpeft.wire import Message
 
@@ -69,7 +70,7 @@ class Player:
         """Return how many of ``clients`` a worker should be handed at once."""
         tables = self._site.tables
         roles = tables.roles(0)
-        trained = sum(4 * _product(shape) for k, shape in tables.shapes.items() if k in roles.train)
+        trained = 4 * size(shape for k, shape in tables.shapes.items() if k in roles.train)
         most = self.grouping.window(_STATE * trained, _WAITING)
         parts = -(-clients // most)
         return -(-clients // (-(-parts // workers) * workers)) if clients else 1
@@ -147,9 +148,3 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    import math
-
-    return math.prod(shape)

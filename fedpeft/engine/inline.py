@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fedpeft.engine._base import Engine, Stage
+from fedpeft.engine._base import Engine, Stage, some_finite
 from fedpeft.engine._grouped import Grouped
-from fedpeft.errors import TrainError
 from fedpeft.spec import method
 from fedpeft.types import Metrics, Population
 from fedpeft.wire import Message
@@ -54,18 +53,3 @@ class _Running:
     ) -> Iterator[tuple[str, Metrics | Exception]]:
         """Evaluate each client that has held-out records."""
         yield from self._player.evaluate(list(requests))
-
-
-def some_finite(
-    answers: Iterable[tuple[str, Message | bytes | Exception]],
-) -> Iterator[tuple[str, Message | bytes | Exception]]:
-    """Pass answers on. Raises ``TrainError`` where every client failed: that is no bad luck."""
-    asked, failed = 0, dict[str, Exception]()
-    for client, answer in answers:
-        asked += 1
-        if isinstance(answer, Exception):
-            failed[client] = answer
-        yield client, answer
-    if failed and len(failed) == asked:
-        client, reason = next(iter(failed.items()))
-        raise TrainError(f"no client can be trained; {client}: {reason}")
