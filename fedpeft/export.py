@@ -48,14 +48,16 @@ def read_tensors(folder: Path) -> Tensors:
     from safetensors.numpy import load_file
 
     from fedpeft.adapters._peft_folder import PREFIX
+    from fedpeft.models._outline import named_as_loaded
 
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise ModelError(f"{folder}: no weights in it")
     try:
-        return {k.removeprefix(PREFIX): v for path in paths for k, v in load_file(path).items()}
+        held = {k.removeprefix(PREFIX): v for path in paths for k, v in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder}: its weights are damaged ({error})") from None
+    return named_as_loaded(held, folder)
 
 
 def provenance(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ other keys say how to run it (:class:`Settings`) and change no result.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -120,7 +121,7 @@ def _paths(text: str) -> str:
     names = [name.strip() for name in text.split(",")]
     if not all(Path(name).suffix or "/" in name for name in names):
         return text
-    try:
-        return ",".join(str(_files.find(name).absolute()) for name in names)
-    except FedPeftError:
-        return text
+    for find in (_files.find, _files.find_folder):
+        with contextlib.suppress(FedPeftError):
+            return ",".join(str(find(name).absolute()) for name in names)
+    return text

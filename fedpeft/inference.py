@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,13 @@ from fedpeft.adapters._peft_folder import read_config
 from fedpeft.data._batching import by_length, lengths_of
 from fedpeft.errors import DataError, FedPeftError, ModelError
 from fedpeft.export import PROVENANCE, provenance
+from fedpeft.out_of_memory import evaluated_in_parts
 from fedpeft.spec import build
 from fedpeft.types import Metrics, Row, Task
 
 _BATCH = 32
+_PIECE = 1024
+"""Images that are decoded at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +31,17 @@ class Exported:
     limit: int
     data: str | None
 
-    def evaluate(self, rows: Sequence[Row]) -> Metrics:
-        """Return the task's metrics over ``rows``."""
-        total: dict[str, float] = {}
-        for logits, labels, _ in self._forward(rows):
-            for name, value in self.task.tally(logits, labels).items():
-                total[name] = total.get(name, 0.0) + value
-        return self.task.metrics(total)
+    def evaluate(
+        self, rows: Sequence[Row], warn: Callable[[str], None] = lambda _: None
+    ) -> Metrics:
+        """Return the task's metrics over ``rows``; ``warn`` is told of passes too large for memory.
+
+        Raises ``TrainError`` where one row does not fit.
+        """
+        device = next(self.model.parameters()).device
+        batch = max(1, min(_BATCH, len(rows)))
+        tally, _ = evaluated_in_parts(lambda n: self._tally(rows, n), batch, device, warn)
+        return self.task.metrics(tally)
 
     def classify(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Return ``label`` and ``probability`` for each row; rows need no label."""
@@ -46,6 +53,11 @@ class Exported:
             for i, p, c in zip(where, best.values.tolist(), best.indices.tolist(), strict=True):
                 found[i] = {"label": self.classes[c], "probability": round(p, 4)}
         return [found[i] for i in range(len(rows))]
+
+    @property
+    def column(self) -> str:
+        """The column of what is classified: an image, or a text."""
+        return str(getattr(self.task, "image", None) or getattr(self.task, "text", "text"))
 
     def prompts(self, rows: Sequence[Row]) -> list[str]:
         """Return what the rows ask of a language model. Raises ``DataError``."""
@@ -71,16 +83,28 @@ class Exported:
             texts.append(self.tokenizer.decode(new, skip_special_tokens=True))
         return texts
 
-    def _forward(self, rows: Sequence[Row]) -> Iterator[tuple[Any, Any, list[int]]]:
+    def _tally(self, rows: Sequence[Row], batch: int) -> Metrics:
+        total: dict[str, float] = {}
+        for logits, labels, _ in self._forward(rows, batch):
+            for name, value in self.task.tally(logits, labels).items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    def _forward(
+        self, rows: Sequence[Row], batch: int = _BATCH
+    ) -> Iterator[tuple[Any, Any, list[int]]]:
         import torch
 
-        examples = self.task.encode(rows, self.tokenizer, self.limit, self.classes)
-        lengths = lengths_of(examples)
-        with torch.inference_mode():
-            for where in by_length(lengths, _BATCH):
-                chosen = [examples[i] for i in where]
-                inputs, labels = self.task.collate(chosen, self.tokenizer.pad_token_id)
-                yield self.model(**inputs).logits, labels, [int(i) for i in where]
+        pad = getattr(self.tokenizer, "pad_token_id", 0)
+        most = _PIECE if self.task.head == "image-classification" else max(1, len(rows))
+        for start in range(0, len(rows), most):
+            part = rows[start : start + most]
+            examples = self.task.encode(part, self.tokenizer, self.limit, self.classes)
+            for where in by_length(lengths_of(examples), batch):
+                inputs, labels = self.task.collate([examples[i] for i in where], pad)
+                with torch.inference_mode():
+                    logits = self.model(**inputs).logits
+                yield logits, labels, [start + int(i) for i in where]
 
 
 def load_exported(
@@ -153,7 +177,7 @@ def _foreign(folder: Path, task: str | None, rows: Sequence[Row]) -> dict[str, A
     if spec is None:
         raise ModelError(f"{folder}: its task type is not known here; say --task")
     made: Task = build("tasks", spec)
-    if made.head == "sequence-classification" and not rows:
+    if made.head != "causal-lm" and not rows:
         raise ModelError(f"{folder}: does not name its classes; give --data with labelled rows")
     lines = {"task": spec, "model": config.get("base_model_name_or_path")}
     return {"lines": lines, "classes": made.classes(rows) if rows else []}

@@ -1,6 +1,7 @@
 """What one process needs to play clients, or to evaluate: model, adapter and data.
 
-All texts are tokenised first, so that one that cannot be used is refused before the model loads.
+All records are encoded first: texts are tokenised, images decoded and cut to size. So one that
+cannot be used is refused before the model loads.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from fedpeft.types import Example, Row, Tensors
 
 Encode: TypeAlias = Callable[[Sequence[Row]], Sequence[Example]]
 
-_PIECE = 4096
-"""Records that are tokenised at once: tokenizers take a hundred times the memory of the tokens."""
+_PIECE = 1024
+"""Records that are encoded at once: tokenizers take a hundred times the memory of the tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Both splits of a plan's data, tokenised, in the order of their rows; cheap to pickle."""
+    """Both splits of a plan's data, encoded, in the order of their rows; cheap to pickle."""
 
     train: Sequence[Example]
     test: Sequence[Example]
 
 
 def encode(plan: Plan, federation: Federation) -> Texts:
-    """Tokenise the data, or take it from the cache.
+    """Encode the data, or take it from the cache.
 
-    Raises ``DataError`` naming split and row of an unusable text.
+    Raises ``DataError`` naming split and row of an unusable text or image.
     """
     limit = input_limit(read_config(locate(plan.model)))
     splits = federation.splits
@@ -59,7 +60,7 @@ def encode(plan: Plan, federation: Federation) -> Texts:
 def _split(
     plan: Plan, name: str, rows: Sequence[Row], limit: int, classes: Sequence[str]
 ) -> Sequence[Example]:
-    tokenizer = load_tokenizer(plan.model)
+    tokenizer = load_tokenizer(plan.model, plan.task.head)
     encode = partial(plan.task.encode, tokenizer=tokenizer, limit=limit, classes=classes)
     if is_ours(plan.task):
         try:
@@ -87,7 +88,7 @@ class Site:
     """One plan's model, adapter and data in this process. Close it to give the base back.
 
     It keeps no raw rows. ``texts`` and ``base`` are given where they are at hand, as in a process
-    that shares another's.
+    that shares another's. ``warn`` is told what the learner has to do otherwise than it was meant.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Site:
         texts: Texts | None = None,
         *,
         base: Base | None = None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.plan, self.federation = plan, federation.without_rows()
         self.texts = texts or encode(plan, federation)
@@ -112,7 +114,7 @@ class Site:
             self.attached = plan.adapter.attach(self.base)
         except FedPeftError as error:
             raise type(error)(f"adapter: {error}") from error
-        self.learner = ModelLearner(self.base, self.attached, plan.task)
+        self.learner = ModelLearner(self.base, self.attached, plan.task, warn)
         self.tables = Tables(plan, self.shapes)
 
     @cached_property

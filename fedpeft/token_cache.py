@@ -1,4 +1,4 @@
-"""Tokenised data on disk: made once per data and tokenizer, mapped by every run and process.
+"""Encoded data on disk: made once per data and tokenizer, mapped by every run and process.
 
 The cache is ``$FEDPEFT_CACHE/tokens``, else ``fedpeft/tokens`` in ``$XDG_CACHE_HOME`` or
 ``~/.cache``: one folder per digest of all that decides the tokens. Entries hold what the texts
@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ from fedpeft.types import Example
 Tokenised = Mapping[str, Sequence[Example]]
 """Name of a split to its examples."""
 
-_FORMAT = 1
+_FORMAT = 2
+_READERS = ("_formats.py", "_images.py")
+"""What tasks read rows with."""
 _MANIFEST = "manifest.json"
 _TOKENIZER = (".json", ".txt", ".model", ".jinja")
 _BLOCK = 1 << 22
@@ -53,8 +56,8 @@ def key_of(plan: Plan, data: str, classes: Sequence[str], limit: int) -> str | N
     code = Path(fedpeft.__file__).parent
     decides = [
         _FORMAT,
-        [fedpeft.__version__, version("tokenizers"), version("transformers")],
-        _digest([*sorted((code / "tasks").glob("*.py")), code / "data" / "_formats.py"]),
+        [fedpeft.__version__, *map(version, ("tokenizers", "transformers", "pillow"))],
+        _digest([*sorted((code / "tasks").glob("*.py")), *(code / "data" / n for n in _READERS)]),
         [describe(plan.data).partition("(")[0], digest_of(plan.data), data],
         [describe(plan.task, full=True), digest_of(plan.task), _digest(_files_of(plan.task))],
         [_tokenizer(plan.model), list(classes), limit],
@@ -113,21 +116,21 @@ class _File:
 
     name: str
     dtype: str
-    count: int
+    shape: tuple[int, ...]
     checksum: str
 
     def read(self, folder: Path, *, whole: bool) -> NDArray[Any]:
         """Map the array. Raises ``ValueError`` for another size or, if ``whole``, other content."""
         if Path(self.name).name != self.name:
             raise ValueError(f"{self.name!r} is no file of an entry")
-        path, dtype = folder / self.name, np.dtype(self.dtype)
-        if path.stat().st_size != self.count * dtype.itemsize:
+        path, dtype, shape = folder / self.name, np.dtype(self.dtype), tuple(self.shape)
+        if path.stat().st_size != prod(shape) * dtype.itemsize:
             raise ValueError(f"{path} is cut short")
         if whole and _checksum(path) != self.checksum:
             raise ValueError(f"{path} is damaged")
-        if not self.count:
-            return np.zeros(0, dtype)
-        return np.memmap(path, dtype, "r").view(np.ndarray)
+        if not prod(shape):
+            return np.zeros(shape, dtype)
+        return np.memmap(path, dtype, "r", shape=shape).view(np.ndarray)
 
 
 def _folder() -> Path:
@@ -209,7 +212,7 @@ def _written(path: Path, array: NDArray[Any] | None) -> dict[str, Any] | None:
     if array is None:
         return None
     path.write_bytes(array.data)
-    return asdict(_File(path.name, array.dtype.str, len(array), _checksum(path)))
+    return asdict(_File(path.name, array.dtype.str, array.shape, _checksum(path)))
 
 
 def _checksum(path: Path) -> str:

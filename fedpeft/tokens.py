@@ -1,4 +1,4 @@
-"""Tokenised records in flat arrays: examples are made when asked for, lengths without them."""
+"""Encoded records in flat arrays: examples are made when asked for, lengths without them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,23 @@ from fedpeft.types import Example
 class Column:
     """One field of all records: the numbers of record i are ``values[offsets[i]:offsets[i + 1]]``.
 
-    Without ``offsets`` every record has a single number, ``values[i]``. ``values`` are of the
-    smallest integer type that holds them, little-endian.
+    Without ``offsets`` every record has ``values[i]``: a single number, or an array of two or more
+    dimensions such as an image, which keeps its type. Other ``values`` are of the smallest integer
+    type that holds them. All are little-endian.
     """
 
     values: NDArray[Any]
     offsets: NDArray[np.int64] | None
 
-    def at(self, i: int) -> NDArray[np.int64]:
-        """Return what record ``i`` has, as an array of its own."""
+    def at(self, i: int) -> NDArray[Any]:
+        """Return what record ``i`` has: int64 of its own, or a view of an array, not to write to.
+
+        An image takes more than a text, and many records are held at once.
+        """
+        if self.values.ndim > 1:
+            found: NDArray[Any] = self.values[i]
+            found.flags.writeable = False
+            return found
         if self.offsets is None:
             return np.array(self.values[i], np.int64)
         return self.values[self.offsets[i] : self.offsets[i + 1]].astype(np.int64)
@@ -63,12 +71,12 @@ class Tokens(Sequence[Example]):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """The number of tokens of each record [N]; no token is read."""
+        """The number of tokens of each record [N]; no token is read. Others are of length 1."""
         return self.lengths_of(slice(None))
 
     def lengths_of(self, rows: NDArray[np.int64] | slice) -> NDArray[np.int64]:
         """Return the number of tokens of some records."""
-        offsets = self.columns["input_ids"].offsets if self.columns else np.zeros(1, np.int64)
+        offsets = self.columns["input_ids"].offsets if "input_ids" in self.columns else None
         if offsets is None:
             return np.ones(self._records, np.int64)[rows]
         return np.asarray(offsets[1:][rows] - offsets[:-1][rows])
@@ -113,14 +121,15 @@ class Rows(Sequence[Example]):
 def pack(pieces: Iterable[Sequence[Example]]) -> Tokens | None:
     """Lay examples out in flat arrays, piece by piece.
 
-    ``None`` where they are not what ``Example`` says: other fields in each, no ``input_ids``, or
-    values that are no integers in one dimension at most.
+    ``None`` where they are not what ``Example`` says: other fields in each, neither ``input_ids``
+    nor an array of two or more dimensions, or values that are no integers. Such arrays are all of
+    one shape and type, and may hold any numbers.
     """
     columns: dict[str, list[Column]] = {}
     records = 0
     for piece in filter(len, pieces):
         names = columns or dict.fromkeys(piece[0])
-        if "input_ids" not in names or any(example.keys() != names.keys() for example in piece):
+        if any(example.keys() != names.keys() for example in piece):
             return None
         for name in names:
             column = _column([np.asarray(example[name]) for example in piece])
@@ -128,14 +137,33 @@ def pack(pieces: Iterable[Sequence[Example]]) -> Tokens | None:
                 return None
             columns.setdefault(name, []).append(column)
         records += len(piece)
-    if any(len({column.offsets is None for column in parts}) > 1 for parts in columns.values()):
+    if any(len({_kind(column) for column in parts}) > 1 for parts in columns.values()):
+        return None
+    if columns and not _whole(columns):
         return None
     return Tokens({name: _joined(parts) for name, parts in columns.items()}, records)
+
+
+def _kind(column: Column) -> tuple[Any, ...]:
+    """Return what all parts of a column must have in common."""
+    array = column.values.ndim > 1
+    return column.offsets is None, column.values.shape[1:], column.values.dtype if array else None
+
+
+def _whole(columns: Mapping[str, Sequence[Column]]) -> bool:
+    """Tell whether records are tokens, or arrays beside single numbers."""
+    if "input_ids" in columns:
+        return columns["input_ids"][0].values.ndim == 1
+    return any(parts[0].values.ndim > 1 for parts in columns.values())
 
 
 def _column(arrays: Sequence[NDArray[Any]]) -> Column | None:
     """Return the arrays as one column whose offsets are still lengths."""
     dimensions = {array.ndim for array in arrays}
+    if min(dimensions) > 1:
+        alike = len({(array.shape, array.dtype) for array in arrays}) == 1
+        plain = arrays[0].dtype.kind in "iufb" and arrays[0].size
+        return Column(np.stack(arrays).copy("C"), None) if alike and plain else None
     if dimensions not in ({0}, {1}) or any(array.dtype.kind not in "iub" for array in arrays):
         return None
     if dimensions == {0}:
@@ -152,10 +180,16 @@ def _smallest(values: NDArray[np.int64]) -> NDArray[Any]:
     return values.astype(least.newbyteorder("<"))
 
 
-def _joined(parts: Sequence[Column]) -> Column:
-    values = np.concatenate([part.values for part in parts])
-    values = values.astype(values.dtype.newbyteorder("<"), copy=False)
+def _joined(parts: list[Column]) -> Column:
+    """Return all parts as one column; they are let go one by one, since images fill the memory."""
+    kind = np.result_type(*(part.values.dtype for part in parts)).newbyteorder("<")
     lengths = [part.offsets for part in parts if part.offsets is not None]
+    total, shape = sum(len(part.values) for part in parts), parts[0].values.shape[1:]
+    values, end = np.empty((total, *shape), kind), total
+    while parts:
+        part = parts.pop().values
+        values[end - len(part) : end] = part
+        end -= len(part)
     if not lengths:
         return Column(values, None)
     return Column(values, np.concatenate([[0], np.cumsum(np.concatenate(lengths))]))

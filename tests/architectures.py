@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,7 @@ import numpy as np
 import torch
 
 from fedpeft.models._base import Base, load_base
-from fedpeft.models._locate import Location
-from fedpeft.models._outline import Outline
-from fedpeft.tasks.classify import Classify
-from fedpeft.types import Example, Tensors
+from fedpeft.types import Tensors
 
 VOCABULARY, LIMIT = 90, 64
 _BERT: dict[str, Any] = {
@@ -46,6 +41,20 @@ _DISTILBERT = {
 }
 _ELECTRA = _BERT | {"embedding_size": 8}
 
+SIDE = 8
+"""Height and width of the images of vision models, in pixels."""
+_VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": SIDE,
+    "patch_size": 4,
+}
+_SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}
+_SWIN |= {"image_size": SIDE, "patch_size": 2}
+_CONVNEXT = {"hidden_sizes": [4, 8], "depths": [1, 1], "num_stages": 2, "image_size": SIDE}
+
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertModel", _BERT),
     "bert-mlm": ("BertForMaskedLM", _BERT),
@@ -65,12 +74,28 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name to the ``transformers`` class that is saved, and its configuration."""
 
+IMAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("ViTModel", _VIT),
+    "vit-masked": ("ViTForMaskedImageModeling", _VIT | {"encoder_stride": 4}),
+    "vit-classifier": ("ViTForImageClassification", _VIT | {"num_labels": 4}),
+    "vit-grey": ("ViTForImageClassification", _VIT | {"num_channels": 1}),
+    "deit": ("DeiTModel", _VIT),
+    "deit-classifier": ("DeiTForImageClassification", _VIT),
+    "deit-teacher": ("DeiTForImageClassificationWithTeacher", _VIT),
+    "vit-msn": ("ViTMSNModel", _VIT),
+    "ijepa": ("IJepaModel", _VIT),
+    "dinov2": ("Dinov2Model", _VIT | {"mlp_ratio": 2}),
+    "swin": ("SwinModel", _SWIN),
+    "convnext": ("ConvNextModel", _CONVNEXT),
+}
+"""Those that take images."""
 
-def checkpoint(kind: str, folder: Path, tokenizer_of: Path) -> Path:
-    """Save a random model of this kind, with the tokenizer of another folder."""
+
+def checkpoint(kind: str, folder: Path, tokenizer_of: Path | None = None) -> Path:
+    """Save a random model of this kind, with an image processor or another folder's tokenizer."""
     import transformers
 
-    name, fields = CHECKPOINTS[kind]
+    name, fields = (CHECKPOINTS | IMAGES)[kind]
     cls: Any = getattr(transformers, name)
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -78,6 +103,13 @@ def checkpoint(kind: str, folder: Path, tokenizer_of: Path) -> Path:
         for parameter in model.parameters():  # biases and norms are not left at 0 and 1
             parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder)
+    if tokenizer_of is None:
+        grey = {"image_mean": [0.3], "image_std": [0.4]}
+        spread = {"image_mean": [0.3, 0.5, 0.6], "image_std": [0.4, 0.3, 0.2]}
+        values: Any = grey if fields.get("num_channels") == 1 else spread
+        size = {"height": SIDE, "width": SIDE}
+        transformers.ViTImageProcessorPil(size=size, **values).save_pretrained(folder)
+        return folder
     for path in tokenizer_of.glob("*token*"):
         shutil.copy(path, folder)
     return folder
@@ -108,53 +140,3 @@ def inputs(rows: int, width: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
     mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
     ids = rng.integers(3, VOCABULARY, (rows, width)) * mask
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-
-
-# --- images -------------------------------------------------------------------------------------
-
-CHANNELS, SIDE = 2, 8
-_VIT: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "image_size": SIDE,
-    "patch_size": 4,
-    "num_channels": CHANNELS,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageTask(Classify):
-    """Classification of records that hold ``pixel_values`` [C, H, W] in place of tokens."""
-
-    def collate(self, examples: Sequence[Example], pad: int) -> tuple[dict[str, Any], Any]:
-        """Stack the images: [b, C, H, W], and labels [b]."""
-        pixels = torch.from_numpy(np.stack([np.asarray(e["pixel_values"]) for e in examples]))
-        return {"pixel_values": pixels}, torch.tensor([int(e["labels"]) for e in examples])
-
-
-def image_base(classes: tuple[str, ...], double: bool = True) -> Base:
-    """Return a random ViT with a classifier, which no checkpoint loader of the package reads."""
-    import transformers
-
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = transformers.ViTForImageClassification(
-            transformers.ViTConfig(**_VIT, num_labels=len(classes))
-        )
-        for parameter in model.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    model.requires_grad_(False).eval()
-    if double:
-        model.double()
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    head = {name: shape for name, shape in shapes.items() if name.startswith("classifier.")}
-    linear = {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "classifier"
-    }
-    found = Outline(linear, head, shapes, LIMIT, True)
-    kind = "sequence-classification"
-    return Base(model, None, found, Location("vit", "vit", None), kind, classes, frozenset())

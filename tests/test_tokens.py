@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -145,6 +147,109 @@ IDS = np.arange(3)
 )
 def test_what_is_no_record_of_tokens_is_not_packed(pieces: list[list[Example]]) -> None:
     assert pack(pieces) is None
+
+
+# --- images ------------------------------------------------------------------------------------
+
+
+def image(i: int) -> Example:
+    pixels = np.arange(i, i + 2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
+    return {"pixel_values": pixels, "labels": np.array(-i, np.int64)}
+
+
+def check_images(found: Sequence[Example], expected: Sequence[Example]) -> None:
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert list(ours) == list(theirs)
+        for name, array in theirs.items():
+            np.testing.assert_array_equal(ours[name], array, strict=True)
+
+
+@pytest.mark.parametrize("piece", [1, 3, 20])
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float32", ">f4"])
+def test_images_come_back_with_their_type(piece: int, dtype: str) -> None:
+    kind = np.dtype(dtype)
+    given = [{**image(i), "pixel_values": image(i)["pixel_values"].astype(kind)} for i in range(7)]
+    tokens = pack([given[i : i + piece] for i in range(0, len(given), piece)])
+    assert tokens is not None
+    native = [
+        {**e, "pixel_values": e["pixel_values"].astype(kind.newbyteorder("="))} for e in given
+    ]
+    check_images(tokens, native)
+    check_images(pickle.loads(pickle.dumps(tokens)), native)
+    assert tokens.lengths.tolist() == [1] * 7
+    view = tokens.rows(np.array([4, 0, 4]))
+    check_images(view, [native[i] for i in (4, 0, 4)])
+    assert view.lengths.tolist() == [1] * 3
+    check_images(tokens[5:], native[5:])
+
+
+def test_images_are_bytes_that_are_not_copied() -> None:
+    tokens = pack([[image(i) for i in range(5)]])
+    assert tokens is not None
+    values = tokens.columns["pixel_values"].values
+    assert (values.nbytes, values.dtype) == (5 * 24, np.dtype(np.uint8))
+    assert np.shares_memory(tokens[3]["pixel_values"], values)
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[3]["pixel_values"][:] = 0
+    turned = np.moveaxis(np.zeros((4, 3, 2), np.uint8), -1, 0)
+    found = pack([[{"pixel_values": turned}] * 2])
+    assert found is not None
+    assert found.columns["pixel_values"].values.flags.c_contiguous
+
+
+PIXELS = image(0)["pixel_values"]
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [[{"pixel_values": PIXELS}, {"pixel_values": PIXELS[:, 1:]}]],
+        [[{"pixel_values": PIXELS}], [{"pixel_values": PIXELS[:, 1:]}]],
+        [[{"pixel_values": PIXELS}, {"pixel_values": PIXELS.astype(np.int64)}]],
+        [[{"pixel_values": PIXELS}], [{"pixel_values": PIXELS.astype(np.int64)}]],
+        [[{"pixel_values": PIXELS}, {"pixel_values": np.array(1)}]],
+        [[{"pixel_values": PIXELS}], [{"pixel_values": np.array(1)}]],
+        [[{"pixel_values": PIXELS.astype(object)}]],
+        [[{"pixel_values": PIXELS[:0]}]],
+        [[{"pixel_values": PIXELS, "labels": np.array(0.5)}]],
+        [[{"input_ids": PIXELS}]],
+    ],
+)
+def test_images_that_differ_are_not_packed(pieces: list[list[Example]]) -> None:
+    assert pack(pieces) is None
+
+
+def test_images_are_kept_on_disk(folder: Path) -> None:
+    given = [image(i) for i in range(9)]
+
+    def make() -> Tokenised:
+        train, test = pack([given]), pack([])
+        assert train is not None
+        assert test is not None
+        return {"train": train, "test": test}
+
+    cached("key", make)
+    assert (folder / "key" / "train-0.values").stat().st_size == 9 * 24
+    found = cached("key", never)["train"]
+    check_images(found, given)
+    check_images(pickle.loads(pickle.dumps(found)), given)
+    with pytest.raises(ValueError, match="read-only"):
+        found[0]["pixel_values"][:] = 0
+
+
+def test_an_entry_of_another_shape_is_made_again(folder: Path) -> None:
+    cached("key", made)
+    path = folder / "key" / "manifest.json"
+    text = path.read_text().partition("\n")[2]
+    for old in (
+        text.replace('"shape"', '"count"'),
+        re.sub(r'"shape": \[\s*20', '"shape": [7', text),
+    ):
+        assert old != text
+        path.write_text(f"{xxhash.xxh3_64_hexdigest(old.encode())}\n{old}")
+        check_same(cached("key", made)["train"], made()["train"])
+        check_same(cached("key", never)["train"], made()["train"])
 
 
 # --- the cache ---------------------------------------------------------------------------------

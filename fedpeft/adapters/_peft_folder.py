@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 _TASKS = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+"""Heads that PEFT has a word for; it knows none for images."""
 
 
 def write(
@@ -27,7 +28,7 @@ def write(
     config: PeftConfig = get_peft_config(
         {
             "peft_type": peft_type,
-            "task_type": _TASKS[base.head_kind],
+            "task_type": _TASKS.get(base.head_kind),
             "base_model_name_or_path": base.location.origin,
             "inference_mode": True,
             "modules_to_save": _head_modules(base) or None,
@@ -41,7 +42,7 @@ def write(
     (folder / "adapter_model.safetensors").write_bytes(content)
 
 
-def read(folder: Path, shapes: Shapes) -> Tensors:
+def read(folder: Path, shapes: Shapes, file: str = "adapter_model.safetensors") -> Tensors:
     """Return float32 tensors of these names and shapes.
 
     Raises ``ModelError`` naming the first tensor that is missing, unexpected or misshapen.
@@ -49,7 +50,7 @@ def read(folder: Path, shapes: Shapes) -> Tensors:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = folder / "adapter_model.safetensors"
+    path = folder / file
     try:
         found = {k.removeprefix(PREFIX): v.float().numpy() for k, v in load_file(path).items()}
     except (SafetensorError, OSError) as error:

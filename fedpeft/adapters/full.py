@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from fedpeft.errors import ModelError
-from fedpeft.models._outline import Outline
+from fedpeft.models._outline import Outline, named_as_loaded
 from fedpeft.rng import derive
 from fedpeft.spec import method
-from fedpeft.types import Attached, Roles, Shapes, Tensors
+from fedpeft.types import Attached, Roles, Shapes, Stacked, Tensors
 
 if TYPE_CHECKING:
     from fedpeft.models._base import Base
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 @method
 class Full:
     """No adapter: the model itself. Clients train one at a time."""
+
+    max_group: ClassVar[int | None] = 1
+    offers: ClassVar[Mapping[str, str]] = {
+        "one-factor": "the weights themselves move: nothing that moves multiplies them"
+    }
 
     def shapes(self, outline: Outline) -> Shapes:
         """Return every parameter; tied ones once."""
@@ -41,6 +47,14 @@ class Full:
 
         return Functional(base)
 
+    def precondition(self, fixed: Stacked) -> Stacked:
+        """Nothing is fixed."""
+        return {}
+
+    def after_fit(self, trained: Tensors, received: Tensors, round: int) -> Tensors:
+        """What was trained is what counts."""
+        return trained
+
     def export(self, base: Base, tensors: Tensors, folder: Path) -> None:
         """Write a ``transformers`` model folder."""
         import torch
@@ -57,9 +71,10 @@ class Full:
         if not path.is_file():
             raise ModelError(f"{folder}: no model.safetensors; give a model folder")
         try:
-            found = {k: v.float().numpy() for k, v in load_file(path).items()}
+            held = {k: v.float().numpy() for k, v in load_file(path).items()}
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: cannot be read ({error})") from None
+        found = named_as_loaded(held, folder)
         for name, shape in shapes.items():
             if name not in found or found[name].shape != shape:
                 raise ModelError(f"{path}: {name} of shape {shape} is missing")

@@ -37,6 +37,13 @@ def check_paths(method: str, **given: str | None) -> None:
             )
 
 
+def check_folders(method: str, **given: str | None) -> None:
+    """Check that every field names something. Raises ``SpecError`` naming the field."""
+    for field, value in given.items():
+        if value is not None and not value.strip():
+            raise SpecError(f"{method}: {field}={value!r} must name a file or folder")
+
+
 def load(
     parse: Callable[[Path, bytes], _Rows],
     join: Callable[[Sequence[_Rows]], _Rows],
@@ -76,15 +83,22 @@ def find(name: str) -> Path:
     for in the working directory, then in the folder ``$FEDPEFT_DATA`` (``../shared/data`` where
     that is not set). Raises ``DataError`` listing every place looked.
     """
-    given = Path(os.path.expanduser(name))
-    places = [given]
-    if not given.is_absolute():
-        places.append(Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER).expanduser() / given)
+    places = _places(name)
     for place in places:
         if os.path.exists(place) and not os.path.isdir(place):
             return place
-    looked = " and ".join(os.path.abspath(place) for place in places)
-    raise DataError(f"cannot find the file {name!r}: looked for {looked}; {_remedy(places)}")
+    raise DataError(f"cannot find the file {_looked(name, places)}; {_remedy(places)}")
+
+
+def find_folder(name: str) -> Path:
+    """Return the folder that ``name`` means; see :func:`find`."""
+    places = _places(name)
+    for place in places:
+        if os.path.isdir(place):
+            return place
+    if found := next((p for p in places if os.path.exists(p)), None):
+        raise DataError(f"{found} is a file; name a folder")
+    raise DataError(f"cannot find the folder {_looked(name, places)}; {_remedy(places)}")
 
 
 def fingerprint_rows(train: Sequence[Row], test: Sequence[Row] | None) -> str:
@@ -101,6 +115,18 @@ def fingerprint_rows(train: Sequence[Row], test: Sequence[Row] | None) -> str:
 
 def _names(given: str) -> list[str]:
     return [name.strip() for name in given.split(",")]
+
+
+def _places(name: str) -> list[Path]:
+    given = Path(os.path.expanduser(name))
+    if given.is_absolute():
+        return [given]
+    root = Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER).expanduser()
+    return [given, root / given]
+
+
+def _looked(name: str, places: Sequence[Path]) -> str:
+    return f"{name!r}: looked for {' and '.join(os.path.abspath(place) for place in places)}"
 
 
 def _remedy(places: Sequence[Path]) -> str:

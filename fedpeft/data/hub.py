@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from typing import Any
 
 from fedpeft.data import _files
@@ -38,8 +39,9 @@ class Hub:
         """Download (or find in the cache) and read the splits.
 
         A column of class labels becomes a column of their names, and ``None`` where a record has
-        none (-1). Raises ``DataError`` where ``datasets`` is not installed, the hub cannot be
-        reached, the data set, config or split does not exist, or a split is empty.
+        none (-1). Images become the bytes of their files. Raises ``DataError`` where ``datasets``
+        is not installed, the hub cannot be reached, the data set, config or split does not exist,
+        or a split is empty.
         """
         wanted = [self.train] if self.test is None else [self.train, self.test]
         train, *held_out = [self._rows(split) for split in self._fetch(wanted)]
@@ -71,14 +73,28 @@ class Hub:
             for column, feature in split.features.items()
             if type(feature).__name__ == "ClassLabel"
         }
-        rows: list[Row] = split.to_list()
-        if not names:
-            return rows
-        return [{k: _named(v, names[k]) if k in names else v for k, v in r.items()} for r in rows]
+        images = [c for c, feature in split.features.items() if type(feature).__name__ == "Image"]
+        rows: list[dict[str, Any]] = split.to_list()
+        for row in rows if names or images else ():
+            row |= {column: _named(row[column], known) for column, known in names.items()}
+            row |= {column: _bytes(row[column]) for column in images}
+        return list(rows)
 
 
 def _named(value: int | None, names: list[str]) -> str | None:
     return None if value is None or value < 0 else names[value]
+
+
+def _bytes(image: dict[str, Any] | None) -> bytes | None:
+    """Return an image's file, of which ``datasets`` may hold only the path."""
+    if image is None:
+        return None
+    if image.get("bytes") is not None:
+        return bytes(image["bytes"])
+    try:
+        return Path(image["path"]).read_bytes()
+    except OSError as error:
+        raise DataError(f"hub: {image['path']}: cannot be read ({error.strerror})") from error
 
 
 def _library() -> Any:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from fedpeft.errors import ModelError
 from fedpeft.models._attention import suit_attention
+from fedpeft.models._images import load_processor, suit_images
 from fedpeft.models._locate import Location, file_of, locate, unreachable
 from fedpeft.models._outline import HEADS, Outline, input_limit, is_head, read_config
 
@@ -24,7 +25,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Base:
-    """A frozen model in evaluation mode, its tokenizer and its outline.
+    """A frozen model in evaluation mode, its tokenizer (of images: processor) and its outline.
 
     ``missing`` names the parameters that the checkpoint did not have (a new head).
     """
@@ -79,11 +80,16 @@ def per_version(size: int) -> Callable[[Callable[..., _T]], PerVersion[_T]]:
 
 
 @per_version(4)
-def load_tokenizer(model: str) -> Any:
-    """Load the tokenizer of ``model``; one without a padding token pads with its end token."""
+def load_tokenizer(model: str, head: str = "causal-lm") -> Any:
+    """Load the tokenizer of ``model``; one without a padding token pads with its end token.
+
+    For a ``head`` that classifies images it is the image processor. Raises ``ModelError``.
+    """
     from transformers import AutoTokenizer
 
     location = locate(model)
+    if head == "image-classification":
+        return load_processor(location)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.source, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -107,9 +113,10 @@ def load_base(
     import transformers
 
     location = locate(model)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, head)
     auto = {
         "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "image-classification": transformers.AutoModelForImageClassification,
         "causal-lm": transformers.AutoModelForCausalLM,
     }[head]
     labels = _labels(classes) if classes else {}
@@ -129,8 +136,11 @@ def load_base(
         raise _cannot_load(location, "model", error) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    loaded.config.pad_token_id = tokenizer.pad_token_id
-    loaded.config.use_cache = False
+    if head == "image-classification":
+        suit_images(loaded, tokenizer)
+    else:
+        loaded.config.pad_token_id = tokenizer.pad_token_id
+        loaded.config.use_cache = False
     loaded.requires_grad_(False).eval().to(device)
     suit_attention(loaded, torch.device(device))
     parameters = dict(loaded.named_parameters())
@@ -184,7 +194,7 @@ def _outline(location: Location, model: Any, head: str, missing: frozenset[str])
     from transformers.pytorch_utils import Conv1D
 
     linear: dict[str, tuple[int, int]] = {}
-    classify = head == "sequence-classification"
+    classify = head != "causal-lm"
     output = model.get_output_embeddings()
     for name, module in model.named_modules():
         if is_head(name) or module is output:

@@ -15,9 +15,13 @@ from typing import Any
 
 from fedpeft.errors import ModelError
 from fedpeft.models._locate import Location, file_of, locate
-from fedpeft.types import Shapes
+from fedpeft.models._vision import head_shapes, loaded_name, loaded_tensors
+from fedpeft.types import Shapes, Tensors
 
-HEADS = ("classifier", "score", "classification_head", "pre_classifier", "qa_outputs", "lm_head")
+HEADS = (
+    *("classifier", "score", "classification_head", "pre_classifier", "qa_outputs", "lm_head"),
+    *("cls_classifier", "distillation_classifier"),
+)
 """Names of output modules, which adapters never wrap."""
 _EMBEDDINGS = re.compile(
     r"(^|[._])(embed(?!ding_hidden|dings_project)\w*|wte|wpe|\w*embeddings?|relative_attention_bias)\."
@@ -73,8 +77,15 @@ def outline(model: str, head: str, classes: int) -> Outline:
     """
     location = locate(model)
     config = read_config(location)
-    classify = head == "sequence-classification"
-    tensors = {k: s for k, s in _tensors(location).items() if not (classify and _idle(k, config))}
+    tensors = _tensors(location)
+    shapes: Shapes = {}
+    exact = True
+    if head == "image-classification":
+        tensors = loaded_tensors(tensors, config)
+        shapes, exact = head_shapes(config, classes)
+    elif head == "sequence-classification":
+        tensors = {k: s for k, s in tensors.items() if not _idle(k, config)}
+        shapes, exact = _head_shapes(config, classes, tensors)
     transposed = config.get("model_type") == "gpt2"
     linear = {}
     for name, shape in tensors.items():
@@ -83,7 +94,6 @@ def outline(model: str, head: str, classes: int) -> Outline:
             continue
         if not is_head(module):
             linear[module] = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    shapes, exact = _head_shapes(config, classes, tensors) if classify else ({}, True)
     own = {k: v for k, v in tensors.items() if not (shapes and is_head(k.rpartition(".")[0]))}
     return Outline(linear, shapes, {**own, **shapes}, input_limit(config), exact)
 
@@ -103,6 +113,15 @@ def read_config(location: Location) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{path}: not JSON ({error}); fetch the model again") from None
     return dict(found)
+
+
+def named_as_loaded(tensors: Tensors, folder: Path) -> Tensors:
+    """Return the tensors of a saved model by the names that they have once it is loaded."""
+    location = Location(str(folder), str(folder), folder)
+    if file_of(location, "config.json") is None:
+        return tensors
+    config = read_config(location)
+    return {loaded_name(name, config): value for name, value in tensors.items()}
 
 
 def input_limit(config: Mapping[str, Any]) -> int:

@@ -103,12 +103,11 @@ class CausalLm:
     def collate(
         self, examples: Sequence[Example], pad: int
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Pad on the right: ``input_ids``, ``attention_mask`` and labels [b, T], all int64."""
-        ids = [example["input_ids"] for example in examples]
-        inputs = {
-            "input_ids": padded(ids, pad),
-            "attention_mask": padded([np.ones_like(each) for each in ids], 0),
-        }
+        """Pad on the right: ``input_ids`` and labels [b, T], int64.
+
+        There is no attention mask: no token looks to its right, where the padding is.
+        """
+        inputs = {"input_ids": padded([example["input_ids"] for example in examples], pad)}
         return inputs, padded([example["labels"] for example in examples], _IGNORED)
 
     def positions(self, labels: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from fedpeft.data._formats import label_of, text_of
-from fedpeft.errors import DataError, SpecError
-from fedpeft.spec import bounded, method, nearest
+from fedpeft.data._formats import text_of
+from fedpeft.errors import DataError
+from fedpeft.spec import bounded, method
+from fedpeft.tasks import _classes
 from fedpeft.tasks._tokens import allowance, padded, too_long
 from fedpeft.types import Example, Metrics, Row
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 _PAIR = "text_pair"
-_WHOLE = re.compile(r"-?[0-9]+")
 
 
 @method
@@ -42,9 +41,7 @@ class Classify:
 
     def check(self) -> None:
         """Refuse explicit classes that are fewer than two or not distinct."""
-        names = self._names()
-        if names is not None and (len(names) < 2 or len(set(names)) < len(names)):
-            raise SpecError(f"classify: names={self.names!r} must be two or more different classes")
+        _classes.check_names("classify", self.names)
 
     measures: ClassVar[Sequence[str]] = ("loss", "accuracy", "f1")
 
@@ -55,26 +52,14 @@ class Classify:
 
     def labels(self, rows: Sequence[Row]) -> Sequence[str]:
         """Return each row's label as text. Raises ``DataError`` naming row and column."""
-        return [label_of(row, number, self.label) for number, row in enumerate(rows, 1)]
+        return _classes.labels_of(rows, self.label)
 
     def classes(self, rows: Sequence[Row]) -> Sequence[str]:
         """Return ``names``, or the labels of ``rows``: by number if all are whole, else by letter.
 
         Raises ``DataError`` for a label outside ``names``, and for fewer than two classes.
         """
-        labels, names = self.labels(rows), self._names()
-        if names is not None:
-            _indices(labels, names)
-            return names
-        found = sorted(set(labels))
-        if len(found) < 2:
-            raise DataError(
-                f"column {self.label!r} holds {len(found)} different labels "
-                f"({', '.join(found) or 'there are no rows'}) and classifying takes two; "
-                "set label= to another column, or names= to list the classes"
-            )
-        whole = all(_WHOLE.fullmatch(name) for name in found)
-        return sorted(found, key=int) if whole else found
+        return _classes.classes_of(self.labels(rows), self.names, self.label)
 
     def encode(
         self, rows: Sequence[Row], tokenizer: Any, limit: int, classes: Sequence[str]
@@ -85,7 +70,7 @@ class Classify:
         for a missing column, a label not in ``classes``, and a record that is too long or empty.
         """
         cap = allowance(self.max_length, limit)
-        targets = _indices(self.labels(rows), classes)
+        targets = _classes.places(self.labels(rows), classes)
         if not rows:
             return []
         texts = self._columns(rows)
@@ -129,26 +114,11 @@ class Classify:
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the cross entropy [b], in nats, of ``logits`` [b, C]; at least float32."""
-        import torch
-
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return torch.nn.functional.cross_entropy(exact, labels, reduction="none")
+        return _classes.cross_entropy(logits, labels)
 
     def tally(self, logits: torch.Tensor, labels: torch.Tensor) -> Metrics:
         """Return sums over the batch, and ``true/c``, ``guessed/c``, ``hit/c`` for each class c."""
-        import torch
-
-        width, guesses = logits.shape[1], logits.argmax(dim=1)
-        counts = {"true": labels, "guessed": guesses, "hit": labels[guesses == labels]}
-        sums = {
-            "loss": float(self.losses(logits, labels).double().sum()),
-            "count": float(len(labels)),
-            "correct": float((guesses == labels).sum()),
-        }
-        for name, chosen in counts.items():
-            each = torch.bincount(chosen, minlength=width).tolist()
-            sums |= {f"{name}/{c}": float(n) for c, n in enumerate(each)}
-        return sums
+        return _classes.tally(logits, labels)
 
     def metrics(self, tally: Metrics) -> Metrics:
         """Return ``loss`` in nats per record, ``accuracy``, and ``f1``.
@@ -156,39 +126,10 @@ class Classify:
         ``f1`` is the mean over the classes that occur or were guessed (macro average). Raises
         ``DataError`` where nothing was tallied.
         """
-        count = tally.get("count", 0.0)
-        if not count:
-            raise DataError("there is no record to evaluate; give data with a test split")
-        scores = []
-        for name in (n for n in tally if n.startswith("true/")):
-            c = name.removeprefix("true/")
-            if both := tally[name] + tally[f"guessed/{c}"]:
-                scores.append(2 * tally[f"hit/{c}"] / both)
-        return {
-            "loss": tally["loss"] / count,
-            "accuracy": tally["correct"] / count,
-            "f1": sum(scores) / len(scores),
-        }
-
-    def _names(self) -> tuple[str, ...] | None:
-        if self.names is None:
-            return None
-        listed = self.names.split(",") if isinstance(self.names, str) else self.names
-        return tuple(str(name).strip() for name in listed)
+        return _classes.scores(tally)
 
     def _columns(self, rows: Sequence[Row]) -> list[list[str]]:
         columns = [self.text]
         if self.pair or (self.pair is None and any(r.get(_PAIR) is not None for r in rows)):
             columns.append(self.pair or _PAIR)
         return [[text_of(row, n, c) for n, row in enumerate(rows, 1)] for c in columns]
-
-
-def _indices(labels: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Return each label's place in ``classes``. Raises ``DataError`` naming row and label."""
-    places = {name: place for place, name in enumerate(classes)}
-    for number, label in enumerate(labels, 1):
-        if label not in places:
-            raise DataError(
-                f"row {number}: label {label!r} is not a known class{nearest(label, classes)}"
-            )
-    return [places[label] for label in labels]
