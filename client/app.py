@@ -28,6 +28,7 @@ from fedpeft.flower import (
     addressee,
     answer,
     hello_record,
+    log,
     metrics_record,
     packet_record,
     read_packet,
@@ -124,7 +125,7 @@ def _site(plan: Plan, settings: Settings, federation: Federation) -> Site:
     if key not in _sites:
         for digest in list(_sites):
             _sites.pop(digest).close()
-        _sites[key] = Site(plan, federation, settings.device)
+        _sites[key] = Site(plan, federation, settings.device, warn=log.warning)
     torch.set_num_threads(settings.threads)
     return _sites[key]
 

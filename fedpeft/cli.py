@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,9 @@ Lines = Annotated[
     typer.Argument(metavar="[LINE=SPEC]...", help="plan lines that replace the file's"),
 ]
 Exported = Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="a run or adapter folder")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads of torch, in each process that trains")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 EngineSpec = Annotated[
     str, typer.Option("--engine", help="where clients run, such as 'inline(group=16)'")
@@ -47,7 +50,7 @@ def run(
     from fedpeft.plan import Plan
 
     found = Plan.from_yaml(plan, _overrides(lines))
-    folder, place = out or Path("runs") / plan.stem, _engine(engine)
+    folder, place = out or Path("runs") / plan.stem, _engine(engine, threads)
     from fedpeft.terminal import show_run
 
     _prepare(device, threads)
@@ -100,7 +103,8 @@ def grid(
     """Run every combination of a grid that is not finished yet, and write OUT/grid.csv."""
     from fedpeft.grid import read_grid, run_grid
 
-    cells, folder, place = read_grid(grid), out or Path("runs") / grid.stem, _engine(engine)
+    cells, folder = read_grid(grid), out or Path("runs") / grid.stem
+    place = _engine(engine, threads)
     _prepare(device, threads)
     from fedpeft.driver import plan_digest, simulate
     from fedpeft.terminal import show_cell
@@ -132,25 +136,25 @@ def evaluate(
     if not data and found.data is None:
         raise PlanError(f"{folder}: names no data; say --data")
     rows = rows or rows_of(str(found.data), given=False)
-    typer.echo(json.dumps({"records": len(rows), **found.evaluate(rows)}, indent=1))
+    metrics = found.evaluate(rows, lambda text: typer.echo(f"warning: {text}", err=True))
+    typer.echo(json.dumps({"records": len(rows), **metrics}, indent=1))
 
 
 @app.command()
 def predict(
     folder: Exported,
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT|FILE]...")] = None,
     data: Annotated[str | None, typer.Option(help="data line whose rows to predict")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="new tokens of a language model")] = 64,
 ) -> None:
-    """Classify or continue texts; print one JSON line each."""
+    """Classify texts or image files, or continue texts; print one JSON line each."""
     from fedpeft.inference import load_exported, rows_of
 
     if bool(texts) == bool(data):
         raise PlanError("predict: give either texts, or --data with a data line")
     found = load_exported(folder)
     if found.classes:
-        column = getattr(found.task, "text", "text")
-        rows = [{column: text} for text in texts] if texts else rows_of(str(data), given=True)
+        rows = [{found.column: text} for text in texts] if texts else rows_of(str(data), given=True)
         for answer in found.classify(rows):
             typer.echo(json.dumps(answer, ensure_ascii=False))
         return
@@ -234,13 +238,16 @@ def _overrides(lines: list[str] | None) -> dict[str, Any]:
     return found
 
 
-def _engine(spec: str) -> Any:
+def _engine(spec: str, threads: int | None) -> Any:
+    """Build an engine; its workers have ``threads`` each where the spec does not say how many."""
     from fedpeft.spec import build
 
     try:
-        return build("engine", spec)
+        found = build("engine", spec)
     except FedPeftError as error:
         raise PlanError(f"--engine: {error}") from None
+    unsaid = getattr(found, "threads", 1) is None
+    return replace(found, threads=threads) if unsaid else found
 
 
 def _prepare(device: str, threads: int | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeAlias, TypeVar
 
@@ -18,6 +18,7 @@ from flwr.app import MessageType as Kind
 from flwr.serverapp import Grid
 
 from fedpeft.errors import FedPeftError, RunError, WireError
+from fedpeft.grouping import Grouping
 from fedpeft.types import Metrics, Population
 from fedpeft.wire import Message as Packed
 
@@ -195,6 +196,12 @@ class GridEngine:
                 log.warning("%s does not evaluate: %s", client, metrics)
             if metrics:
                 yield client, metrics
+
+    def share(
+        self, clients: Sequence[str], work: Callable[[Sequence[str], Grouping], _T]
+    ) -> Iterator[_T]:
+        """Do ``work`` in this process, for one client after the other."""
+        return (work([client], Grouping()) for client in clients)
 
     def _welcome(
         self, hello: Hello, node: int, expected: Population, version: str, plan: str

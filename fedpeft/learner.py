@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from fedpeft.data._batching import by_length, length, lengths_of
 from fedpeft.models._base import Base
+from fedpeft.out_of_memory import evaluated_in_parts
 from fedpeft.stacking import stack, taken
 from fedpeft.types import Attached, Batch, Dropout, Example, Metrics, Stacked, Task, Tensors
 
 EVALUATION_BATCH = 64
+"""Records in a pass of evaluation, of all clients in it together."""
 
 
 class ModelLearner:
-    """See ``fedpeft.types.Learner``."""
+    """See ``fedpeft.types.Learner``; ``warn`` is told of passes that do not fit into memory."""
 
-    def __init__(self, base: Base, attached: Attached, task: Task) -> None:
+    def __init__(
+        self,
+        base: Base,
+        attached: Attached,
+        task: Task,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.base, self.attached, self.task = base, attached, task
+        self._warn, self._rows = warn, EVALUATION_BATCH
 
     @property
     def device(self) -> torch.device:
         """Where parameters and batches live."""
         return self.base.device
+
+    @property
+    def max_group(self) -> int | None:
+        """Most clients in one pass; ``None`` where there is no limit but memory."""
+        return self.attached.max_group
 
     def grads(
         self,
@@ -71,32 +85,54 @@ class ModelLearner:
         """Return the task's metrics of each client's tensors on its own records.
 
         Where all have the same tensors, their records share batches (unless ``width`` is 1);
-        others share passes, up to ``width`` of them.
+        others share passes, up to ``width`` of them. Batches that do not fit into memory are
+        halved, from then on; that changes results by rounding only. Raises ``TrainError`` where
+        one record does not fit.
         """
+        most = len(examples) * max(map(len, examples), default=0)
+        begun = max(1, min(self._rows, most))
+        work = partial(self._in_passes, tensors, examples, width)
+        found, rows = evaluated_in_parts(work, begun, self.device, self._warn)
+        if rows < begun:
+            self._rows = rows
+        return found
+
+    def _in_passes(
+        self,
+        tensors: Sequence[Tensors],
+        examples: Sequence[Sequence[Example]],
+        width: int,
+        rows: int,
+    ) -> list[Metrics]:
+        """Evaluate with at most ``width`` clients and ``rows`` records in a pass."""
         first = tensors[0] if tensors else {}
         same = all(tensors[k][name] is v for name, v in first.items() for k in range(len(tensors)))
-        size = len(tensors) if same and width > 1 else width
+        size = len(tensors) if same and width > 1 else min(width, rows)
         found: list[Metrics] = []
         for start in range(0, len(tensors), size):
             part = slice(start, start + size)
-            found += self._evaluated(tensors[part], examples[part], same or size == 1)
+            found += self._evaluated(tensors[part], examples[part], rows, same or size == 1)
         return found
 
     def _evaluated(
-        self, tensors: Sequence[Tensors], examples: Sequence[Sequence[Example]], same: bool
+        self,
+        tensors: Sequence[Tensors],
+        examples: Sequence[Sequence[Example]],
+        rows: int,
+        same: bool,
     ) -> list[Metrics]:
         tallies: list[dict[str, float]] = [{} for _ in tensors]
         stacked = stack(tensors, self.base.device)
-        passes = _pooled(examples) if same else _side_by_side(examples)
+        passes = _pooled(examples, rows) if same else _side_by_side(examples, rows)
         with torch.inference_mode():
-            for rows in passes:
-                clients = sorted({k for k, _ in rows})
-                records = [None if i is None else examples[k][i] for k, i in rows]
-                batch = self.collate(records, [1.0] * len(rows))
+            for chosen in passes:
+                clients = sorted({k for k, _ in chosen})
+                records = [None if i is None else examples[k][i] for k, i in chosen]
+                batch = self.collate(records, [1.0] * len(chosen))
                 members = clients[:1] if same else clients
                 logits = self._logits(taken(stacked, members), batch, None)
                 for k in clients:
-                    own = [owner == k and i is not None for owner, i in rows]
+                    own = [owner == k and i is not None for owner, i in chosen]
                     part = self._part(logits, batch.labels, torch.tensor(own))
                     for name, value in self.task.tally(*part).items():
                         tallies[k][name] = tallies[k].get(name, 0.0) + value
@@ -144,19 +180,23 @@ def _extent(record: Example) -> int:
     return length(record) if "input_ids" in record else sys.maxsize
 
 
-def _pooled(examples: Sequence[Sequence[Example]]) -> Iterator[list[tuple[int, int | None]]]:
+def _pooled(
+    examples: Sequence[Sequence[Example]], rows: int
+) -> Iterator[list[tuple[int, int | None]]]:
     """Yield batches of (client, record) from all clients together."""
     pairs = [(k, i) for k, own in enumerate(examples) for i in range(len(own))]
     lengths = [n for own in examples for n in lengths_of(own)]
-    for where in by_length(lengths, EVALUATION_BATCH):
+    for where in by_length(lengths, rows):
         yield [pairs[at] for at in where.tolist()]
 
 
-def _side_by_side(examples: Sequence[Sequence[Example]]) -> Iterator[list[tuple[int, int | None]]]:
+def _side_by_side(
+    examples: Sequence[Sequence[Example]], rows: int
+) -> Iterator[list[tuple[int, int | None]]]:
     """Yield batches with equally many rows of each client that has records left."""
-    height = max(1, EVALUATION_BATCH // len(examples))
+    height = max(1, rows // len(examples))
     queues = [by_length(lengths_of(own), height) for own in examples]
     for step in range(max(map(len, queues), default=0)):
         busy = [(k, queue[step].tolist()) for k, queue in enumerate(queues) if step < len(queue)]
-        tall = max(len(rows) for _, rows in busy)
-        yield [(k, i) for k, rows in busy for i in [*rows, *[None] * (tall - len(rows))]]
+        tall = max(len(own) for _, own in busy)
+        yield [(k, i) for k, own in busy for i in [*own, *[None] * (tall - len(own))]]

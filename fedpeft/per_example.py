@@ -137,8 +137,7 @@ def _cuts(
     """Cut into passes, in order: whole clients where ``chunk`` holds them, else parts of one."""
     if chunk < 1:
         raise SpecError(f"per_example: chunk={chunk} must be at least 1")
-    attached = getattr(learner, "attached", None)
-    chunk = min(chunk, getattr(attached, "max_group", None) or chunk)
+    chunk = min(chunk, learner.max_group or chunk)
     clients, rows = len(next(iter(params.values()))), len(batch.weights)
     each, left = divmod(rows, clients)
     if left:

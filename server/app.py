@@ -56,6 +56,6 @@ def _run(grid: Grid, context: Context) -> None:
     with (
         RunFolder(out.absolute(), plan, inputs, resume=settings.resume) as folder,
         RunScreen(console, folder.path) as screen,
-        contextlib.closing(Site(plan, federation, settings.device)) as site,
+        contextlib.closing(Site(plan, federation, settings.device, warn=screen.warn)) as site,
     ):
         screen.finish(drive(plan, site, engine, folder, screen))

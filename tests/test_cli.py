@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from fedpeft import cli
+from fedpeft.errors import PlanError
 from tests.tiny import support_lines
 
 Run = Callable[..., tuple[int, str, str]]
@@ -171,6 +172,71 @@ def test_a_changed_plan_is_not_resumed(fedpeft: Run, plan: Path, tmp_path: Path)
     assert (tmp_path / "run" / "rounds.jsonl").read_bytes() == before
     code, _, err = fedpeft("run", plan, "--out", tmp_path / "run")
     assert (code, "--resume" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("engine", "threads"),
+    [
+        ("processes(workers=2)", 3),
+        ("processes(workers=2, threads=1)", 1),
+        ("ray", 3),
+        ("ray(num_cpus=2, threads=1)", 1),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "grid"])
+def test_threads_are_those_of_each_worker_unless_the_engine_says_otherwise(
+    fedpeft: Run,
+    plan: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    engine: str,
+    threads: int,
+) -> None:
+    engines: list[Any] = []
+
+    def simulate(*_: Any, engine: Any, **__: Any) -> Any:
+        engines.append(engine)
+        raise PlanError("enough")
+
+    monkeypatch.setattr("fedpeft.driver.simulate", simulate)
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    if command == "grid":
+        plan = tmp_path / "grid.yaml"
+        plan.write_text("plan: plan.yaml\naxes:\n  uplink: [raw]\n")
+    out = ("--out", tmp_path / "run")
+    fedpeft(command, plan, *out, "--engine", engine, "--threads", "3")
+    fedpeft(command, plan, *out, "--engine", "inline", "--threads", "3")
+    fedpeft(command, plan, *out, "--engine", engine)
+    assert engines[0].made_with()["threads"] == engines[0].threads == threads
+    assert "threads" not in engines[1].made_with()  # those of this process
+    assert engines[2].threads == (1 if "threads" in engine else None)
+
+
+def test_eval_takes_fewer_records_where_they_do_not_fit(
+    fedpeft: Run, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedpeft.inference import Exported
+
+    assert fedpeft("run", plan, "--out", tmp_path / "run")[0] == 0
+    code, text, err = fedpeft("eval", tmp_path / "run")
+    assert (code, err) == (0, "")
+    forward, most = Exported._forward, 7
+
+    def cramped(self: Exported, rows: Any, batch: int = 32) -> Any:
+        for logits, labels, where in forward(self, rows, batch):
+            if len(where) > most:
+                raise MemoryError
+            yield logits, labels, where
+
+    monkeypatch.setattr(Exported, "_forward", cramped)
+    code, again, err = fedpeft("eval", tmp_path / "run")
+    assert code == 0
+    assert json.loads(again) == pytest.approx(json.loads(text), rel=1e-5)
+    assert [line.split()[-5] for line in err.splitlines()] == ["16", "8", "4"]
+    most = 0
+    code, _, err = fedpeft("eval", tmp_path / "run")
+    assert (code, "error: evaluation: one record does not fit into memory" in err) == (2, True)
 
 
 def test_grid_writes_a_csv(fedpeft: Run, plan: Path, tmp_path: Path) -> None:

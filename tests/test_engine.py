@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +12,26 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.driver import Quiet, simulate
+from fedpeft.adapters.lora import Lora
+from fedpeft.driver import Quiet, Result, simulate
 from fedpeft.engine import _measure
 from fedpeft.engine._allocator import keep_freed_memory
 from fedpeft.engine._base import Stage
 from fedpeft.engine._grouped import Grouped
+from fedpeft.engine._player import Player
+from fedpeft.engine._worker import Setup, Worker
 from fedpeft.errors import PlanError, RunError, SpecError
 from fedpeft.federation import deal
 from fedpeft.grouping import Grouping
+from fedpeft.memory import InProcess
 from fedpeft.models._base import load_base
 from fedpeft.plan import Plan
 from fedpeft.preview import preview
+from fedpeft.rounds import broadcast, header, start
 from fedpeft.site import Site
-from fedpeft.spec import build
+from fedpeft.spec import build, names
+from fedpeft.stacking import stack
+from tests.camp import Spy
 from tests.tiny import support_plan
 
 
@@ -157,9 +165,107 @@ def test_an_adapter_without_a_stacked_form_says_so(bert: Path) -> None:
     assert not talk.warnings
 
 
+@pytest.mark.parametrize("adapter", names("adapters"))
+def test_preview_engine_and_learner_agree_on_who_can_share_a_pass(bert: Path, adapter: str) -> None:
+    plan, told = support_plan(bert, adapter=adapter), list[str]()
+    most = plan.adapter.max_group
+    with contextlib.closing(Site(plan, deal(plan))) as site:
+        assert site.attached.max_group == site.learner.max_group == most
+        Player(site, InProcess(), Grouping(4), told.append)
+        examples = [site.train(client)[:2] for client in ("client-000", "client-001")]
+        batch = site.learner.collate([record for own in examples for record in own], [0.5] * 4)
+        roles = site.tables.roles(0)
+        stacked = stack([site.initial] * 2, site.learner.device)
+        params, fixed = (
+            {k: v for k, v in stacked.items() if (k in roles.train) == trains}
+            for trains in (True, False)
+        )
+        works = contextlib.nullcontext() if most != 1 else pytest.raises(Exception)  # noqa: PT011
+        with works:
+            site.learner.grads(params, fixed, batch)
+    assert preview(plan)["stacked"] is (most != 1) is (not told)
+
+
 def test_the_preview_says_whether_clients_can_share_a_pass(bert: Path) -> None:
     assert preview(support_plan(bert))["stacked"] is True
     assert preview(support_plan(bert, adapter="full"))["stacked"] is False
+
+
+# --- evaluation that does not fit ---------------------------------------------------------------
+
+
+class Cramped(Spy):
+    """Memory holds 5 records of evaluation, and any number in training."""
+
+    def __call__(self, *given: Any) -> torch.Tensor:
+        self.tallest = 5 if torch.is_inference_mode_enabled() else None
+        return super().__call__(*given)
+
+
+@pytest.fixture
+def cramped(monkeypatch: pytest.MonkeyPatch) -> None:
+    attach = Lora.attach
+    monkeypatch.setattr(Lora, "attach", lambda self, base: Cramped(attach(self, base)))
+
+
+LINES: dict[str, Any] = {"adapter": "lora(r=4, head='local')", "holdout": 0.3, "compare": "alone"}
+
+
+@pytest.fixture
+def roomy(bert: Path) -> Result:
+    return simulate(support_plan(bert, **LINES), engine="inline(group=4)")
+
+
+def test_a_run_whose_evaluation_does_not_fit_takes_fewer_records(
+    bert: Path, tmp_path: Path, roomy: Result, cramped: None
+) -> None:
+    talk = Talk()
+    plan, engine = support_plan(bert, **LINES), "inline(group=4)"
+    found = simulate(plan, out=tmp_path / "run", engine=engine, watch=talk)
+    warnings = [text for text in talk.warnings if text.startswith("evaluation does not fit")]
+    assert [text.split()[-5] for text in warnings] == ["20", "10", "5"]
+    assert not (tmp_path / "run" / "grouping.json").exists()
+    for name, value in roomy.tensors.items():
+        np.testing.assert_array_equal(found.tensors[name], value)
+    for line, other in zip(found.history, roomy.history, strict=True):
+        for name in ("test/loss", "test/accuracy", "clients/loss", "clients/accuracy"):
+            assert line[name] == pytest.approx(other[name], rel=1e-5)
+    assert found.table["rows"]["alone"] == pytest.approx(roomy.table["rows"]["alone"], rel=1e-4)
+
+
+def test_workers_pass_on_that_evaluation_does_not_fit(bert: Path, cramped: None) -> None:
+    plan = support_plan(bert, **LINES)
+    with contextlib.closing(Site(plan, deal(plan))) as site:
+        worker = Worker(Setup.of(site, Grouping(4), torch.get_num_threads()), InProcess(), "cpu")
+        state = start(plan, site.tables, site.initial)
+        body = broadcast(plan, site.tables, state)
+        requests = [(c, body.seal(header(state, "run", c))) for c in site.federation.population]
+        *_, (last, _) = worker.play("evaluate", requests, 4)
+    assert last["width"] == 4
+    assert last["warnings"]
+    assert all(text.startswith("evaluation does not fit") for text in last["warnings"])
+
+
+# --- devices ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_ray_without_gpus_refuses_cuda_before_anything_is_loaded(
+    bert: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedpeft.driver.Site", None)
+    with pytest.raises(PlanError, match=rf"ray\(num_gpus=0\) .* not on --device {device}; give"):
+        simulate(support_plan(bert), engine="ray", device=device)
+
+
+def test_ray_measures_where_it_trains(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedpeft.driver.Site", None)
+    with pytest.raises(PlanError, match=r"ray\(group='auto'\) is measured by this process"):
+        simulate(support_plan(bert), engine="ray(num_gpus=1, group='auto')")
+    for spec, device in (("ray", "cpu"), ("ray(num_gpus=1)", "cpu"), ("ray(num_gpus=1)", "cuda")):
+        build("engine", spec).check_device(device)
+    for spec in ("inline", "processes"):
+        build("engine", spec).check_device("cuda:1")
 
 
 def test_freed_memory_can_be_kept() -> None:

@@ -25,6 +25,11 @@ LIGHT = [
     *("memory", "tables", "rounds", "durable", "preview"),
 ]
 """Modules, beside those of the families, that whoever only reads plans and packets needs."""
+SHARED = {
+    *("types", "errors", "spec", "fields", "grouping", "tensors", "rng"),
+    *("stacking", "per_example", "lowrank"),
+}
+"""Modules that methods may use: the vocabulary, and tools that need nothing but the vocabulary."""
 
 
 def _name(path: Path) -> str:
@@ -61,6 +66,11 @@ def _imports_at_once(path: Path) -> set[str]:
                 yield from walk(node.body)
 
     return set(walk(_tree(path).body))
+
+
+def _layers(modules: set[str]) -> set[str]:
+    """Return the package's own modules and folders among these."""
+    return {module.split(".")[1] for module in modules if module.startswith("fedpeft.")}
 
 
 def _roots(modules: set[str]) -> set[str]:
@@ -103,10 +113,13 @@ def test_what_a_plan_needs_imports_nothing_heavy_at_once(path: Path) -> None:
     "path", [p for f in FAMILIES for p in sorted((ROOT / f).glob("*.py"))], ids=_name
 )
 def test_methods_know_the_vocabulary_and_no_other_layer(path: Path) -> None:
-    allowed = {"types", "errors", "spec", "tensors", "stacking", "rng", "data", "models"}
-    allowed.add(path.parent.name)
-    used = {m.split(".")[1] for m in _imports(path) if m.startswith("fedpeft.")}
-    assert used <= allowed, f"{sorted(used - allowed)} belong to other layers or families"
+    used = _layers(_imports(path)) - SHARED - {"data", "models", path.parent.name}
+    assert not used, f"{sorted(used)} belong to other layers or families"
+
+
+@pytest.mark.parametrize("module", sorted(SHARED))
+def test_what_methods_share_knows_no_layer_above_it(module: str) -> None:
+    assert _layers(_imports_at_once(ROOT / f"{module}.py")) <= SHARED
 
 
 def test_building_a_plan_imports_nothing_heavy() -> None:

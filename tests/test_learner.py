@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.learner import ModelLearner
+from fedpeft.errors import TrainError
+from fedpeft.learner import EVALUATION_BATCH, ModelLearner
 from fedpeft.models._base import Base
 from fedpeft.spec import build
 from fedpeft.stacking import stack
 from fedpeft.tasks.causal_lm import CausalLm
 from fedpeft.types import Example, Tensors
 from tests.architectures import VOCABULARY, checkpoint, fresh_base, randomised
+from tests.camp import Spy
 
 LANGUAGE = ["gpt2", "llama", "llama-tied", "qwen2"]
 
@@ -39,6 +41,14 @@ def _learner(base: Base, spec: str = "lora(r=3)") -> tuple[ModelLearner, Tensors
     drawn = randomised(adapter.initial(base, adapter.shapes(base.outline), 0))
     learner = ModelLearner(base, adapter.attach(base), build("tasks", "causal_lm"))
     return learner, {name: value.astype(np.float64) for name, value in drawn.items()}
+
+
+def _cramped(learner: ModelLearner, tallest: int) -> tuple[ModelLearner, Spy, list[str]]:
+    """Return a learner of the same model whose memory holds so many rows, and what it tells."""
+    told: list[str] = []
+    spy: Any = Spy(learner.attached)
+    spy.tallest = tallest
+    return ModelLearner(learner.base, spy, learner.task, told.append), spy, told
 
 
 @pytest.mark.parametrize("kind", LANGUAGE)
@@ -85,4 +95,66 @@ def test_many_clients_are_evaluated_as_each_alone(same: bool, tmp_path: Path, be
     for a, b in zip(together, alone, strict=True):
         assert a == pytest.approx(b, rel=1e-10)
     assert len({metrics["loss"] for metrics in alone}) == 3
+    learner.attached.detach()
+
+
+@pytest.mark.parametrize("tallest", [63, 7, 1])
+@pytest.mark.parametrize("kind", ["alone", "same", "different"])
+def test_metrics_are_the_same_in_smaller_batches(
+    kind: str, tallest: int, tmp_path: Path, bert: Path
+) -> None:
+    learner, tensors = _learner(_base("llama", tmp_path, bert))
+    sizes = (70,) if kind == "alone" else (30, 1, 40)
+    each: list[Tensors] = [tensors] * len(sizes)
+    if kind == "different":
+        each = [{k: v * (1 + n) for k, v in tensors.items()} for n in range(len(sizes))]
+    records, width = [_records(n, seed=n) for n in sizes], 1 if kind == "alone" else 16
+    whole = learner.evaluate(each, records, width)
+    cramped, spy, told = _cramped(learner, tallest)
+    found = cramped.evaluate(each, records, width)
+    for a, b in zip(found, whole, strict=True):
+        assert a == pytest.approx(b, rel=1e-10)
+    failed = [rows for rows in spy.rows if rows > tallest]
+    assert told == [
+        f"evaluation does not fit into memory; going on with {n} records in a pass"
+        for n in (32, 16, 8, 4, 2, 1)[: len(failed)]
+    ]
+    spy.rows.clear()
+    assert cramped.evaluate(each, records, width) == found
+    assert max(spy.rows) <= tallest  # it is remembered
+    assert tallest / 3 <= max(spy.rows)
+    assert len(told) == len(failed)
+    learner.attached.detach()
+
+
+def test_few_records_are_halved_at_once(tmp_path: Path, bert: Path) -> None:
+    learner, tensors = _learner(_base("llama", tmp_path, bert))
+    cramped, spy, told = _cramped(learner, 5)
+    cramped.evaluate([tensors], [_records(10)])
+    assert spy.rows == [10, 5, 5]
+    spy.tallest = None
+    roomy, spy, _ = _cramped(learner, 64)
+    roomy.evaluate([tensors], [_records(10)])
+    roomy.evaluate([tensors], [_records(EVALUATION_BATCH)])
+    assert spy.rows == [10, EVALUATION_BATCH]  # a small set narrows nothing
+    assert len(told) == 1
+    learner.attached.detach()
+
+
+def test_a_record_that_does_not_fit_is_one_clear_error(tmp_path: Path, bert: Path) -> None:
+    learner, tensors = _learner(_base("llama", tmp_path, bert))
+    cramped, _, told = _cramped(learner, 0)
+    with pytest.raises(TrainError, match="one record does not fit into memory; lower the task's"):
+        cramped.evaluate([tensors], [_records(4)])
+    assert [text.split()[-5] for text in told] == ["2", "1"]
+    learner.attached.detach()
+
+
+def test_another_error_of_evaluation_is_raised_as_it_is(tmp_path: Path, bert: Path) -> None:
+    learner, tensors = _learner(_base("llama", tmp_path, bert))
+    records = [{"input_ids": np.array([VOCABULARY + 9]), "labels": np.array([1])}]
+    cramped, _, told = _cramped(learner, 64)
+    with pytest.raises(IndexError):
+        cramped.evaluate([tensors], [records])
+    assert not told
     learner.attached.detach()

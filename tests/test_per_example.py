@@ -287,6 +287,7 @@ class Given:
     table: torch.Tensor
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     calls: list[tuple[int, int]] = field(default_factory=list)
+    max_group: int | None = None
 
     def collate(self, records: Sequence[Example | None], weights: Sequence[float]) -> Batch:
         rows = torch.tensor([0 if r is None else int(r["input_ids"][0]) for r in records])
@@ -394,6 +395,14 @@ def test_passes_hold_a_chunk_of_records(
     norms(learner, shared, {}, batch, chunk=chunk)
     places = {place for _, place in learner.calls}
     assert places <= {origin}  # nor where all clients have the same
+
+
+def test_passes_hold_no_more_clients_than_the_learner_takes() -> None:
+    learner = Given(torch.ones(1, 2, 2), max_group=2)
+    batch = learner.collate([{"input_ids": np.array([0])}] * 5, [1.0] * 5)
+    params = {"x": torch.zeros(1, 2, 2), "y": torch.zeros(1, 2)}
+    clipped_sums(learner, params, {}, batch, clip=1.0)
+    assert [size for size, _ in learner.calls] == [2, 2, 1]
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -198,6 +199,34 @@ def test_a_worker_that_cannot_start_ends_the_run(
 
 
 @pytest.mark.parametrize(
+    ("device", "places"),
+    [
+        ("cpu", ["cpu", "cpu", "cpu"]),
+        ("cuda", ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda:0", ["cuda:0", "cuda:0", "cuda:0"]),
+        ("cuda:1", ["cuda:1", "cuda:1", "cuda:1"]),
+    ],
+)
+def test_workers_take_the_gpu_that_is_named_or_all_in_turn(
+    bert: Path, monkeypatch: pytest.MonkeyPatch, device: str, places: list[str]
+) -> None:
+    """As far as can be told without a GPU: what the workers are started with."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    context, told = type(multiprocessing.get_context("forkserver")), list[str]()
+
+    def process(self: Any, args: Sequence[Any], **_: Any) -> Any:
+        told.append(args[-1])
+        return SimpleNamespace(start=lambda: None, kill=lambda: None, join=str, close=str)
+
+    monkeypatch.setattr(context, "Process", process)
+    plan = support_plan(bert)
+    with contextlib.closing(Site(plan, deal(plan))) as site:
+        stage = Stage(site, InProcess(), None, lambda _: None, device=device)
+        with Processes(workers=3, threads=1).start(stage):
+            assert told == places
+
+
+@pytest.mark.parametrize(
     "spec", ["processes(workers=0)", "processes(workers=1.5)", "processes(worker=2)", "process"]
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(bert: Path, spec: str) -> None:
@@ -307,6 +336,14 @@ def test_windows_hold_one_broadcast() -> None:
     crew = Scripted((0, READY), (1, READY), (0, READY), (1, READY))
     made, _, _ = dispatch(crew, size=3)
     list(made.evaluate([*asked("ab"), *asked("cd")]))
+    assert [text for _, text in crew.handed] == ["a and 1 more", "c and 1 more"]
+
+
+def test_clients_that_are_sent_the_same_are_played_together() -> None:
+    crew = Scripted((0, READY), (1, READY), (0, READY), (1, READY))
+    made, _, _ = dispatch(crew, size=3)
+    one, other = asked("ab"), asked("cd")
+    list(made.evaluate([one[0], other[0], one[1], other[1]]))
     assert [text for _, text in crew.handed] == ["a and 1 more", "c and 1 more"]
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from fedpeft.errors import TrainError
+from fedpeft.grouping import Grouping
 from fedpeft.types import Metrics, Population
 from fedpeft.wire import Message
 
 if TYPE_CHECKING:
     from fedpeft.memory import MemoryStore
     from fedpeft.site import Site
+
+_T = TypeVar("_T")
 
 
 class Engine(Protocol):
@@ -35,6 +38,15 @@ class Engine(Protocol):
         """Have each client evaluate on its held-out records; one without any answers nothing."""
         ...
 
+    def share(
+        self, clients: Sequence[str], work: Callable[[Sequence[str], Grouping], _T]
+    ) -> Iterator[_T]:
+        """Do ``work`` in this process, for one window of clients after the other.
+
+        It is told who they are and which of them share a pass; nothing is sent to anybody.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -42,6 +54,7 @@ class Stage:
 
     ``site`` is the driver's own; ``memories`` are where clients keep theirs. ``folder`` is the run
     folder, where there is one. ``warn`` tells the user; ``seen`` is told the records of each step.
+    ``device`` is as the user wrote it: ``cuda`` leaves open which one.
     """
 
     site: Site
@@ -49,6 +62,7 @@ class Stage:
     folder: Path | None
     warn: Callable[[str], None]
     seen: Callable[[int], None] = lambda _: None
+    device: str = "cpu"
 
 
 def some_finite(

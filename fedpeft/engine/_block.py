@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from multiprocessing import reduction
+from typing import Any
 
 import numpy as np
 
@@ -63,9 +65,28 @@ class Block:
         for array, view in zip(arrays, views[len(tensors) :], strict=True):
             view[:] = array
 
+    def handed_on(self) -> _Descriptor:
+        """Return the descriptor as an argument of a process that starts."""
+        return _Descriptor(self.descriptor)
+
     def close(self) -> None:
         """Let go of the block; what is mapped stays."""
         os.close(self.descriptor)
+
+
+class _Descriptor:
+    """A file descriptor that arrives as one of the process that is started with it."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        duplicate: Any = reduction.DupFd
+        return _arrived, (duplicate(self._number),)
+
+
+def _arrived(duplicate: Any) -> int:
+    return int(duplicate.detach())
 
 
 def _memory(size: int) -> int:

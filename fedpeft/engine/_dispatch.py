@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import fedpeft.errors
 from fedpeft.engine._base import Stage, some_finite
 from fedpeft.errors import FedPeftError, RunError, TrainError
+from fedpeft.grouping import Grouping
 from fedpeft.types import Metrics, Population
 from fedpeft.wire import Body, Message
 
 if TYPE_CHECKING:
     from fedpeft.engine._player import Player, Request
+
+_T = TypeVar("_T")
 
 _TRIES = 3
 """A window that has ended so many workers is given up, as are workers that cannot start."""
@@ -136,6 +138,12 @@ class Dispatch:
         held = self._stage.site.federation.held
         yield from self._answers("evaluate", [(c, m) for c, m in requests if len(held[c])])
 
+    def share(
+        self, clients: Sequence[str], work: Callable[[Sequence[str], Grouping], _T]
+    ) -> Iterator[_T]:
+        """Do ``work`` in this process, window by window."""
+        yield from self._player.share(clients, work)
+
     def _answers(self, what: str, requests: Sequence[Request]) -> Iterator[tuple[str, Any]]:
         self._settle()
         queue = deque(self._windows(what, requests))
@@ -161,8 +169,8 @@ class Dispatch:
 
     def _windows(self, what: str, requests: Sequence[Request]) -> Iterator[Window]:
         size = self._player.window(len(requests), self._crew.size)
-        for _, same in groupby(requests, key=lambda request: id(request[1].body)):
-            part = list(same)
+        for body in {id(message.body): message.body for _, message in requests}.values():
+            part = [request for request in requests if request[1].body is body]
             for at in range(0, len(part), size):
                 yield Window(what, part[at : at + size])
 

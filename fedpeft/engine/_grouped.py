@@ -35,6 +35,9 @@ class Grouped:
         """Return what decides the last bits of a run beside its plan."""
         return {"group": self.group}
 
+    def check_device(self, device: str) -> None:
+        """Take any device."""
+
     def grouping(self, stage: Stage, threads: int | None = None, workers: int = 1) -> Grouping:
         """Return which clients share a pass, by measuring where that was asked for.
 
@@ -48,8 +51,7 @@ class Grouped:
             narrowed = kept is not None and not kept.costs and kept.width < self.group
             width = kept.width if kept is not None and narrowed else self.group
             return Grouping(width, checkpointing=self.checkpointing)
-        most = stage.site.attached.max_group
-        if most is not None and most == 1:
+        if stage.site.plan.adapter.max_group == 1:
             stage.warn("clients train one at a time: this adapter has no stacked form")
             return Grouping(checkpointing=self.checkpointing)
         if kept is not None:

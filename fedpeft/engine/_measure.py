@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.data._batching import length
 from fedpeft.engine._allocator import give_back, keep_freed_memory
-from fedpeft.engine._player import TOO_LARGE, is_out_of_memory, release
+from fedpeft.engine._player import TOO_LARGE
 from fedpeft.errors import TrainError
 from fedpeft.grouping import Grouping
+from fedpeft.out_of_memory import is_out_of_memory, release
 from fedpeft.rng import derive
 from fedpeft.stacking import stack
 from fedpeft.types import Example, Stacked
@@ -43,39 +44,33 @@ def measured(site: Site, memory: float | None, workers: int = 1) -> Grouping:
     free = _SHARE * _free_memory(site.learner.device) / workers
     allowed = 1e9 * memory if memory else free
     most = min(_LARGEST, max(1, round(site.plan.cohort.expected(len(site.federation.population)))))
-    records, height = _typical(site)
+    record, height = _typical(site)
     found, width = list[tuple[float, float]](), 1
-    best, used = float("inf"), list[int]()
-    failed = False
-    while width <= most:
-        if used and _expected(used) > allowed:
-            break
+    best, used = float("inf"), 0
+    while width <= most and 2 * used <= allowed:  # a pass twice as large takes twice as much
         try:
-            seconds, peak = _timed(site, records, width, height)
+            seconds, used = _timed(site, record, width, height)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if width == 1:
                 raise TrainError(TOO_LARGE) from None
-            failed = True
-        if failed:
-            release(site.learner.device)
             break
-        used.append(peak)
-        if peak > allowed and width > 1:
+        if used > allowed and width > 1:
             break
-        found.append((float(width * height * length(records[0])), seconds))
+        found.append((float(width * height * length(record)), seconds))
         if seconds / width > _WORSE * best:
             break
         best = min(best, seconds / width)
         width *= 2
+    release(site.learner.device)
     rates = [seconds / 2**i for i, (_, seconds) in enumerate(found)]
     chosen = rates.index(min(rates))
     return Grouping(2**chosen, tuple(found[: chosen + 1])) if chosen else Grouping()
 
 
-def _typical(site: Site) -> tuple[list[Example], int]:
-    """Return a client's records of middle length, and how many of them are in a batch."""
+def _typical(site: Site) -> tuple[Example, int]:
+    """Return a record of middle length, and how many a client of middle size has in a batch."""
     rng = derive(site.plan.seed, "measure")
     names = list(site.federation.population)
     some = rng.choice(len(names), min(_SAMPLE, len(names)), replace=False)
@@ -83,16 +78,16 @@ def _typical(site: Site) -> tuple[list[Example], int]:
     pool.sort(key=length)
     sizes = sorted(site.federation.population[names[i]] for i in some)
     steps, seen = site.plan.trainer.budget(sizes[len(sizes) // 2])
-    return [pool[len(pool) // 2]], max(1, round(seen / steps))
+    return pool[len(pool) // 2], max(1, round(seen / steps))
 
 
-def _timed(site: Site, records: Sequence[Example], width: int, height: int) -> tuple[float, int]:
+def _timed(site: Site, record: Example, width: int, height: int) -> tuple[float, int]:
     """Return the seconds and the bytes at the peak of one pass of ``width`` clients."""
     learner, roles = site.learner, site.tables.roles(0)
     stacked = stack([site.initial] * width, learner.device)
     params = {k: v.clone() for k, v in stacked.items() if k in roles.train}
     fixed = {k: v for k, v in stacked.items() if k not in roles.train}
-    batch = learner.collate([records[0]] * (width * height), [1 / height] * (width * height))
+    batch = learner.collate([record] * (width * height), [1 / height] * (width * height))
     best, begun, times = float("inf"), time.perf_counter(), 0
     with _peak(learner.device) as peak:
         learner.grads(params, fixed, batch)
@@ -169,8 +164,3 @@ def _container_limit() -> int:
     except OSError:
         return sys.maxsize
     return int(most) - int(used) if most.isdigit() else sys.maxsize
-
-
-def _expected(used: Sequence[int]) -> float:
-    """Foresee the peak of a pass twice as large as the last one."""
-    return 2.0 * used[-1]

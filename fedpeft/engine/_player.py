@@ -6,21 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from fedpeft.engine._allocator import keep_freed_memory
 from fedpeft.errors import FedPeftError, GroupError, TrainError
 from fedpeft.evaluation import group_evaluation
 from fedpeft.grouping import Grouping
 from fedpeft.memory import MemoryStore
+from fedpeft.out_of_memory import is_out_of_memory, release
 from fedpeft.rounds import Asked, group_round
 from fedpeft.site import Site
 from fedpeft.tensors import size
 from fedpeft.types import Metrics
 from fedpeft.wire import Message
-
-if TYPE_CHECKING:
-    import torch
 
 _POOLED = 256
 """Clients whose held-out records are evaluated together where they hold the same adapter."""
@@ -36,10 +34,11 @@ TOO_LARGE = (
 
 Request = tuple[str, Message]
 _T = TypeVar("_T")
+_Item = TypeVar("_Item")
 
 
 class Player:
-    """Plays rounds and evaluates; a group that does not fit into memory is halved."""
+    """Plays rounds and evaluates; a group that cannot be trained in memory is halved."""
 
     def __init__(
         self,
@@ -56,7 +55,7 @@ class Player:
         keep_freed_memory()
         if grouping.checkpointing and not site.attached.checkpoint():
             warn("checkpointing: this model or adapter has no layers that can be computed again")
-        most = site.attached.max_group
+        most = site.plan.adapter.max_group
         if most is not None and grouping.width > most:
             self._alone("this adapter has no stacked form")
 
@@ -77,11 +76,10 @@ class Player:
 
     def exchange(self, requests: Sequence[Request]) -> Iterator[tuple[str, Message | FedPeftError]]:
         """Play each client's round; window by window, in the order asked."""
-        left = iter(requests)
-        while part := list(islice(left, self.window(len(requests)))):
+        for part in self._windows(requests):
             asked = [self._asked(*request) for request in part]
             play = partial(group_round, self._site.plan, self._site, asked, on_step=self._on_step)
-            for played in self._sharing(asked, play):
+            for played in self._sharing(asked[0].client, play):
                 if self._site.tables.remembers and isinstance(played.reply, Message):
                     self._memories.save(played.client, played.memory)
                 yield played.client, played.reply
@@ -94,57 +92,54 @@ class Player:
             asked = [self._asked(*request) for request in part]
             held = [self._site.held(client) for client, _ in part]
             evaluate = partial(group_evaluation, self._site.plan, self._site, asked, held)
-            found = self._sharing(asked, evaluate)
+            found = self._together(evaluate)
             yield from zip([client for client, _ in part], found, strict=True)
 
-    @property
-    def _device(self) -> torch.device:
-        return self._site.learner.device
+    def share(
+        self, clients: Sequence[str], work: Callable[[Sequence[str], Grouping], _T]
+    ) -> Iterator[_T]:
+        """Do ``work`` for one window of clients after the other, in the order given.
+
+        It is told who they are and which of them share a pass, and called again with smaller
+        groups where they do not fit into memory.
+        """
+        for part in self._windows(clients):
+            yield self._sharing(part[0], partial(work, part))
+
+    def _windows(self, items: Sequence[_Item]) -> Iterator[list[_Item]]:
+        """Cut into windows, whose size follows the grouping while it is narrowed."""
+        left = iter(items)
+        while part := list(islice(left, self.window(len(items)))):
+            yield part
 
     def _asked(self, client: str, message: Message) -> Asked:
         return Asked(client, message, self._memories.load(client))
 
-    def _sharing(self, asked: Sequence[Asked], work: Callable[[Grouping], _T]) -> _T:
-        """Do ``work`` as the grouping says, or with fewer clients in a pass where it must be."""
+    def _together(self, work: Callable[[Grouping], _T]) -> _T:
+        """Do ``work`` as the grouping says, or one client at a time where they share no pass."""
+        try:
+            return work(self.grouping)
+        except GroupError as error:
+            self._alone(str(error))
+        return work(self.grouping)
+
+    def _sharing(self, first: str, work: Callable[[Grouping], _T]) -> _T:
+        """Train as the grouping says, or with fewer clients in a pass where it must be."""
         while True:
             try:
-                return work(self.grouping)
-            except GroupError as error:
-                self._alone(str(error))
-                continue
+                return self._together(work)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            self._halve(asked)  # when the error no longer holds the tensors of the failed pass
+            self._halve(first)  # when the error no longer holds the tensors of the failed pass
 
-    def _halve(self, asked: Sequence[Asked]) -> None:
+    def _halve(self, first: str) -> None:
         if self.grouping.width == 1:
-            raise TrainError(f"{asked[0].client}: {TOO_LARGE}")
-        release(self._device)
+            raise TrainError(f"{first}: {TOO_LARGE}")
+        release(self._site.learner.device)
         self.narrow(self.grouping.halved().width)
         self._warn(f"a group does not fit into memory; going on with group={self.grouping.width}")
 
     def _alone(self, reason: str) -> None:
         self.grouping = replace(self.grouping, width=1, costs=())
         self._warn(f"clients train one at a time: {reason}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an allocation failed, on a CPU or a GPU."""
-    import torch
-
-    told = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in str(error).lower() for words in told
-    )
-
-
-def release(device: torch.device) -> None:
-    """Give cached blocks back to the device."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

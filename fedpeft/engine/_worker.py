@@ -73,11 +73,11 @@ class Worker:
         base = replace(setup.base, model=setup.base.model.to(device))
         suit_attention(base.model, torch.device(device))
         plan = Plan.from_lines(setup.lines)
-        self._site = Site(plan, setup.federation, device, setup.texts, base=base)
-        self._site.initial = setup.initial
         self._warnings: list[str] = []
-        self._tell, self._seen, self._told_at = tell, 0, 0.0
         warn = self._warnings.append
+        self._site = Site(plan, setup.federation, device, setup.texts, base=base, warn=warn)
+        self._site.initial = setup.initial
+        self._tell, self._seen, self._told_at = tell, 0, 0.0
         self._player = Player(self._site, memories, setup.grouping, warn, self._step)
 
     def play(self, what: str, requests: Sequence[Request], width: int) -> Iterator[Frame]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fedpeft.engine._base import Engine, Stage, some_finite
 from fedpeft.engine._grouped import Grouped
+from fedpeft.grouping import Grouping
 from fedpeft.spec import method
 from fedpeft.types import Metrics, Population
 from fedpeft.wire import Message
 
 if TYPE_CHECKING:
     from fedpeft.engine._player import Player
+
+_T = TypeVar("_T")
 
 
 @method
@@ -53,3 +56,9 @@ class _Running:
     ) -> Iterator[tuple[str, Metrics | Exception]]:
         """Evaluate each client that has held-out records."""
         yield from self._player.evaluate(list(requests))
+
+    def share(
+        self, clients: Sequence[str], work: Callable[[Sequence[str], Grouping], _T]
+    ) -> Iterator[_T]:
+        """Do ``work`` in this process, window by window."""
+        yield from self._player.share(clients, work)

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +34,9 @@ _PATIENCE = 5.0
 class Processes(Grouped):
     """``workers`` resident processes, each with ``threads`` of torch; see :class:`Grouped`.
 
-    By default the processor's cores are dealt to the workers. On a machine with GPUs the workers
-    are dealt to the GPUs, and each has the base there.
+    By default each has the command line's ``--threads``, else the processor's cores are dealt to
+    the workers. On ``cuda`` the workers are dealt to the GPUs, and each has the base there; all
+    take the one that is named, as in ``cuda:1``.
     """
 
     workers: int = bounded(default=2, low=1)
@@ -67,7 +67,7 @@ class Processes(Grouped):
             block = stack.enter_context(closing(Block(setup)))
             base = stage.site.base
             imports = [__name__, *(type(x).__module__ for x in (setup, base.model, base.tokenizer))]
-            crew = _Crew(block, memories, stage.site.learner.device, self.workers, imports)
+            crew = _Crew(block, memories, stage.device, self.workers, imports)
             stack.callback(crew.close)
             crew.start()
             yield Dispatch(stage, player, crew)
@@ -82,7 +82,7 @@ class _Crew:
     """See ``_dispatch.Crew``; a worker and its parent talk over one pipe each."""
 
     def __init__(
-        self, block: Block, memories: MemoryStore, device: Any, size: int, imports: list[str]
+        self, block: Block, memories: MemoryStore, device: str, size: int, imports: list[str]
     ) -> None:
         self._block, self._memories, self._device, self.size = block, memories, device, size
         self._imports = imports
@@ -140,11 +140,10 @@ class _Crew:
         if forked:
             context.set_forkserver_preload(self._imports)
         ours, theirs = context.Pipe()
-        place = f"cuda:{number % _gpus()}" if self._device.type == "cuda" else str(self._device)
-        shared = _Descriptor(self._block.descriptor)
+        place, block = _place(self._device, number), self._block
         process = context.Process(
             target=_main,
-            args=(theirs, shared, self._block.map, self._block.parcel, self._memories, place),
+            args=(theirs, block.handed_on(), block.map, block.parcel, self._memories, place),
             daemon=True,
             name=f"fedpeft-worker-{number}",
         )
@@ -166,21 +165,6 @@ class _Crew:
         if code == 1 and number not in self._begun:
             return "exit status 1; a script has to call under `if __name__ == '__main__':`"
         return _cause(code)
-
-
-class _Descriptor:
-    """A file descriptor that arrives as one of the process that is started with it."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        duplicate: Any = reduction.DupFd
-        return _arrived, (duplicate(self._number),)
-
-
-def _arrived(duplicate: Any) -> int:
-    return int(duplicate.detach())
 
 
 def _main(
@@ -244,7 +228,11 @@ def _cause(code: int | None) -> str:
     return f"exit status {code}"
 
 
-def _gpus() -> int:
+def _place(device: str, number: int) -> str:
+    """Return where a worker trains: on the GPU that was named, else on one after the other."""
     import torch
 
-    return max(1, torch.cuda.device_count())
+    asked = torch.device(device)
+    if asked.type != "cuda" or asked.index is not None:
+        return device
+    return f"cuda:{number % max(1, torch.cuda.device_count())}"

@@ -39,7 +39,8 @@ class Ray(Grouped):
 
     ``address`` (``"auto"`` or ``host:port``) joins a cluster; without one, a Ray of this machine
     alone is started, and ended with the run. By default there are as many ``workers`` as the
-    cluster holds, with ``num_cpus`` ``threads`` of torch.
+    cluster holds, each with the command line's ``--threads`` of torch, else ``num_cpus``
+    ``threads``.
     """
 
     num_cpus: float = bounded(default=1, above=0)
@@ -52,6 +53,20 @@ class Ray(Grouped):
         """Return what decides the last bits of a run beside its plan."""
         return {**super().made_with(), "threads": self.threads or max(1, int(self.num_cpus))}
 
+    def check_device(self, device: str) -> None:
+        """Raise ``PlanError`` where clients would train, or be measured, on another kind."""
+        gpu = device.startswith("cuda")
+        if gpu and not self.num_gpus:
+            raise PlanError(
+                f"engine: ray(num_gpus=0) trains on CPUs, not on --device {device}; give num_gpus, "
+                "or leave --device out"
+            )
+        if self.group == "auto" and self.num_gpus and not gpu:
+            raise PlanError(
+                "engine: ray(group='auto') is measured by this process, which has no GPU; give "
+                "group a number, or run with --device cuda"
+            )
+
     @contextmanager
     def start(self, stage: Stage) -> Iterator[Engine]:
         """Join or start Ray; leave or end it with the context.
@@ -62,11 +77,6 @@ class Ray(Grouped):
         from fedpeft.engine._player import Player
         from fedpeft.engine._worker import Setup
 
-        if self.group == "auto" and self.num_gpus and stage.site.learner.device.type == "cpu":
-            raise PlanError(
-                "engine: ray(group='auto') is measured by this process, which has no GPU; give "
-                "group a number, or run with --device cuda"
-            )
         with ExitStack() as stack:
             ray = imported()
             if not ray.is_initialized():
