@@ -29,8 +29,11 @@ def admit(
     """Decode a reply to the broadcast ``of`` (run, round). Raises ``WireError`` with the reason."""
     if client not in weights.of:
         raise WireError("reply from a client that was not asked")
-    expected = tables.up(of[1])
-    packet = unpack(reply, expected, limit(expected))
+    expected = tables.of(client).up(of[1])
+    try:
+        packet = unpack(reply, expected, limit(expected))
+    except WireError as error:
+        raise WireError(f"{error}{_less(tables, client)}") from None
     told = packet.header
     if (told.get("run"), told.get("round")) != of:
         raise WireError(f"reply belongs to run {told.get('run')}, round {told.get('round')}")
@@ -43,6 +46,15 @@ def admit(
         raise WireError("control variates are not float32")
     _check_size(delta, extras)
     return Update(client, delta, weights.of[client], lr_sum, extras, metrics)
+
+
+def _less(tables: Tables, client: str) -> str:
+    """Say what a client has by the plan where not all have the same: another rank was meant."""
+    own = tables.of(client).shapes
+    less = next((k for k, shape in tables.shapes.items() if own[k] != shape), None)
+    if less is None:
+        return "; by the plan this client has the whole adapter" if tables.mixed else ""
+    return f"; by the plan this client has {own[less]} of {tables.shapes[less]} in {less}"
 
 
 def printable(reason: str) -> str:

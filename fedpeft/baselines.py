@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.evaluation import evaluated_clients, summarise
+from fedpeft.grouping import Grouping
 from fedpeft.plan import Plan
 from fedpeft.rng import derive_seed
+from fedpeft.rounds import ALONE
 from fedpeft.site import Site
+from fedpeft.tensors import owned, padded
 from fedpeft.types import Example, Job, Metrics, Tensors
+
+if TYPE_CHECKING:
+    from fedpeft.engine._base import Engine
 
 Rows = Mapping[str, Metrics]
 Tell = Callable[[str, int, int], None]
@@ -18,6 +24,7 @@ Tell = Callable[[str, int, int], None]
 def compare(
     plan: Plan,
     site: Site,
+    engine: Engine,
     history: Sequence[Mapping[str, Any]],
     federated: Tensors,
     done: Rows,
@@ -26,9 +33,10 @@ def compare(
 ) -> Rows:
     """Return the metrics on the test set of the rows that ``plan.compare`` asks for.
 
-    ``alone`` is the mean over clients, each trained on its own records; ``central`` is trained on
-    all records. Both see as many records as the federation did: in all (``central``), or per client
-    (``alone``). ``done`` holds rows of an interrupted run; ``keep`` is told after each new row.
+    ``alone`` is the mean over clients, each trained on its own records, with as much of the adapter
+    as it has, in passes that they share as ``engine`` says; ``central`` is trained on all records.
+    Both see as many records as the federation did: in all (``central``), or per client (``alone``).
+    ``done`` holds rows of an interrupted run; ``keep`` is told after each new row.
     """
     examples = site.test()
     if not examples or not plan.comparisons:
@@ -37,7 +45,7 @@ def compare(
     clients = len(site.federation.train)
     makers: dict[str, Callable[[], Metrics]] = {
         "base": lambda: _score(site, site.initial),
-        "alone": lambda: _alone(plan, site, max(1, seen // clients), tell),
+        "alone": lambda: _alone(plan, site, engine, max(1, seen // clients), tell),
         "central": lambda: _central(plan, site, max(1, seen), tell),
     }
     rows = dict(done)
@@ -53,25 +61,40 @@ def compare(
     return rows
 
 
-def _alone(plan: Plan, site: Site, seen: int, tell: Tell) -> Metrics:
+def _alone(plan: Plan, site: Site, engine: Engine, seen: int, tell: Tell) -> Metrics:
     names = evaluated_clients(plan, list(site.federation.train))
-    found = {}
-    for i, client in enumerate(names):
-        tensors = _train(
+    found = list[Metrics]()
+
+    def play(part: Sequence[str], grouping: Grouping) -> Sequence[Metrics]:
+        begun, most = len(found) * seen, len(part) * seen
+        trained = _train(
             plan,
             site,
-            site.train(client),
+            [site.train(client) for client in part],
+            [site.tables.of(client).part(site.initial) for client in part],
             seen,
-            ("alone", client),
-            lambda n, i=i: tell("alone", i * seen + n, len(names) * seen),  # type: ignore[misc]
+            [("alone", client) for client in part],
+            lambda n: tell("alone", begun + min(n, most), len(names) * seen),
+            grouping,
         )
-        found[client] = _score(site, tensors)
-    return summarise(found)
+        return site.learner.evaluate(trained, [site.test()] * len(part), grouping.width)
+
+    for metrics in engine.share(names, play):
+        found += metrics
+    return summarise(dict(zip(names, found, strict=True)))
 
 
 def _central(plan: Plan, site: Site, seen: int, tell: Tell) -> Metrics:
     pooled = [example for client in site.federation.train for example in site.train(client)]
-    tensors = _train(plan, site, pooled, seen, ("central",), lambda n: tell("central", n, seen))
+    (tensors,) = _train(
+        plan,
+        site,
+        [pooled],
+        [site.initial],
+        seen,
+        [("central",)],
+        lambda n: tell("central", n, seen),
+    )
     return _score(site, tensors)
 
 
@@ -82,31 +105,46 @@ def _score(site: Site, tensors: Tensors) -> Metrics:
 def _train(
     plan: Plan,
     site: Site,
-    examples: Sequence[Example],
+    each: Sequence[Sequence[Example]],
+    starts: Sequence[Tensors],
     seen: int,
-    names: tuple[str, ...],
+    names: Sequence[tuple[str, ...]],
     tell: Callable[[int], None],
-) -> Tensors:
+    grouping: Grouping = ALONE,
+) -> list[Tensors]:
+    """Train K models, each from its start on its own records until it has seen ``seen`` of them.
+
+    Whatever trains in some round of the federation trains throughout. Seeds are derived from
+    ``names``; ``tell`` is told how many records all have seen so far.
+    """
     from fedpeft.stacking import stack, unstack
 
-    roles = site.tables.roles(0)
-    stacked = stack([site.initial], site.learner.device)
-    total = 0
+    trainer, total = plan.trainer.seeing(seen), 0
+    trains = frozenset[str]().union(*(site.tables.roles(t).train for t in range(plan.rounds)))
+    order = sorted(range(len(each)), key=lambda k: -trainer.budget(len(each[k]))[0])
+    shapes, device = site.tables.shapes, site.learner.device
+    wide = padded(starts, shapes)
+    stacked = stack([wide[k] for k in order], device)
+    own = [{name: starts[k][name] for name in trains} for k in order]
 
     def on_step(records: int) -> None:
         nonlocal total
         total += records
         tell(total)
 
-    fit = plan.trainer.seeing(seen).fit(
+    fit = trainer.fit(
         Job(
             learner=site.learner,
-            params={k: v for k, v in stacked.items() if k in roles.train},
-            fixed={k: v for k, v in stacked.items() if k not in roles.train},
-            examples=[examples],
-            seeds=[derive_seed(plan.seed, *names)],
+            params={k: v for k, v in stacked.items() if k in trains},
+            fixed={k: v for k, v in stacked.items() if k not in trains},
+            examples=[each[k] for k in order],
+            seeds=[derive_seed(plan.seed, *names[k]) for k in order],
             adjust=lambda grads, params: grads,
+            masks=stack(owned(own, shapes), device),
+            precondition=plan.adapter.precondition,
+            grouping=grouping,
             on_step=on_step,
         )
     )
-    return {**site.initial, **unstack(fit.params)[0]}
+    trained = dict(zip(order, unstack(fit.params), strict=True))
+    return [{**wide[k], **trained[k]} for k in range(len(each))]

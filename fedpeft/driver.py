@@ -22,7 +22,7 @@ from fedpeft.models._base import fingerprint
 from fedpeft.plan import Plan
 from fedpeft.preflight import check
 from fedpeft.rng import derive
-from fedpeft.rounds import Report, ServerState, broadcast, header, server_round, start
+from fedpeft.rounds import Report, ServerState, messages, server_round, start
 from fedpeft.run_folder import RunFolder
 from fedpeft.site import Site, encode
 from fedpeft.spec import build
@@ -140,13 +140,16 @@ def simulate(
 
     checked, watch = check(plan), watch or Quiet()
     simulation: Simulation = build("engine", engine) if isinstance(engine, str) else engine
+    simulation.check_device(device)
     federation = checked.federation
     for text in checked.warnings:
         watch.warn(text)
     if out is None:
         with (
-            contextlib.closing(Site(plan, federation, device)) as site,
-            simulation.start(Stage(site, InProcess(), None, watch.warn, watch.seen)) as running,
+            contextlib.closing(Site(plan, federation, device, warn=watch.warn)) as site,
+            simulation.start(
+                Stage(site, InProcess(), None, watch.warn, watch.seen, device)
+            ) as running,
         ):
             return drive(plan, site, running, None, watch)
     texts = encode(plan, federation)  # a text that cannot be used leaves no folder behind
@@ -160,9 +163,9 @@ def simulate(
         for text in folder.warnings:
             watch.warn(text)
         with (
-            contextlib.closing(Site(plan, federation, device, texts)) as site,
+            contextlib.closing(Site(plan, federation, device, texts, warn=watch.warn)) as site,
             simulation.start(
-                Stage(site, folder.memories, folder.path, watch.warn, watch.seen)
+                Stage(site, folder.memories, folder.path, watch.warn, watch.seen, device)
             ) as running,
         ):
             return drive(plan, site, running, folder, watch)
@@ -184,7 +187,8 @@ def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watc
         write_adapter(folder.path / "adapter", plan, site, tensors, run.history, line)
     done = folder.compared() if folder else {}
     keep = folder.write_compared if folder else None
-    table = _table(run, at, compare(plan, site, run.history, tensors, done, keep, watch.compare))
+    rows = compare(plan, site, engine, run.history, tensors, done, keep, watch.compare)
+    table = _table(run, at, rows)
     if folder:
         folder.finish(table)
     return Result(plan, table, run.history, tensors, folder.path if folder else None)
@@ -209,12 +213,10 @@ def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
     names = list(population)
     cohort = plan.cohort.choose(names, derive(plan.seed, state.round, "cohort"))
     weights = plan.weighting.weigh(cohort, population, plan.cohort.expected(len(names)))
-    body = broadcast(plan, run.site.tables, state)
     sent = {"bytes": 0}
 
     def requests() -> Iterator[tuple[str, Message]]:
-        for client in cohort:
-            message = body.seal(header(state, run.run, client))
+        for client, message in messages(plan, run.site.tables, state, run.run, cohort):
             sent["bytes"] += message.nbytes
             yield client, message
 
@@ -259,11 +261,11 @@ def _evaluate(run: _Run, state: ServerState) -> dict[str, Any]:
 
 
 def _evaluate_clients(run: _Run, state: ServerState) -> dict[str, Any]:
-    body, sent = broadcast(run.plan, run.site.tables, state), {"bytes": 0}
+    sent = {"bytes": 0}
 
     def requests() -> Iterator[tuple[str, Message]]:
-        for client in evaluated_clients(run.plan, list(run.engine.population())):
-            message = body.seal(header(state, run.run, client))
+        asked = evaluated_clients(run.plan, list(run.engine.population()))
+        for client, message in messages(run.plan, run.site.tables, state, run.run, asked):
             sent["bytes"] += message.nbytes
             yield client, message
 

@@ -6,7 +6,7 @@
     ├── DataError    a file, column, label or text that the task cannot use
     ├── ModelError   a base model, tokenizer or adapter folder that cannot be used
     │   └── GroupError   a model or adapter whose clients cannot share a pass
-    ├── TrainError   local training that did not stay finite, or does not fit into memory
+    ├── TrainError   training that did not stay finite; a pass that does not fit into memory
     ├── WireError    bytes from outside that are not the expected packet
     └── RunError     a run folder that is in use, finished, changed, damaged or in the way
         └── DamagedError  a file of a run whose content is not what was written
@@ -46,7 +46,7 @@ class GroupError(ModelError):
 
 
 class TrainError(FedPeftError, ArithmeticError):
-    """Local training that did not stay finite, or does not fit into memory."""
+    """Training that did not stay finite, or a pass that does not fit into memory."""
 
 
 class WireError(FedPeftError, ValueError):

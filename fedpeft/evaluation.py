@@ -11,6 +11,7 @@ from fedpeft.grouping import Grouping
 from fedpeft.plan import Plan
 from fedpeft.rng import derive
 from fedpeft.rounds import ALONE, Asked, Client, receive
+from fedpeft.tensors import padded
 from fedpeft.types import Example, Metrics
 
 _LOWER_IS_BETTER = ("loss", "perplexity")
@@ -56,10 +57,11 @@ def group_evaluation(
 ) -> Sequence[Metrics]:
     """Return the metrics of what each client holds after its message on its held-out records.
 
-    Clients share passes as ``grouping`` allows; more of them where all hold the same.
+    One that has less than the whole adapter is evaluated with what it has. Clients share passes as
+    ``grouping`` allows; more of them where all hold the same.
     """
     tensors = [receive(plan, site, a.client, a.message, a.memory).tensors for a in asked]
-    return site.learner.evaluate(tensors, held, grouping.width)
+    return site.learner.evaluate(padded(tensors, site.tables.shapes), held, grouping.width)
 
 
 def evaluated_clients(plan: Plan, clients: Sequence[str]) -> Sequence[str]:

@@ -261,7 +261,8 @@ def _with_preset(lines: Mapping[str, Any]) -> dict[str, Any]:
         preset = build("presets", str(lines["preset"]))
     except FedPeftError as error:
         raise PlanError(f"preset: {error}") from None
-    return {**preset.lines(), **{k: v for k, v in lines.items() if k != "preset"}}
+    given = {k: v for k, v in lines.items() if k != "preset" and v is not None}
+    return {**preset.lines(), **given}
 
 
 def _scalar_problems(plan: Plan) -> Iterator[str]:

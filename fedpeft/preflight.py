@@ -15,7 +15,7 @@ from fedpeft.models._locate import file_of, locate
 from fedpeft.models._outline import Outline, outline
 from fedpeft.plan import Plan
 from fedpeft.spec import nearest
-from fedpeft.types import Shapes
+from fedpeft.types import Narrowing, Shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,11 @@ def check(plan: Plan) -> Preflight:
     """
     federation = deal(plan)
     plan.cohort.choose(list(federation.train), np.random.default_rng(0))
+    if isinstance(plan.adapter, Narrowing):
+        try:
+            plan.adapter.check_clients(federation.population)
+        except FedPeftError as error:
+            raise type(error)(f"adapter: {error}") from error
     _check_labels(plan, federation)
     if (plan.keep_best or "").startswith("clients/") and not any(
         map(len, federation.held.values())
@@ -97,16 +102,18 @@ def _warnings(plan: Plan, federation: Federation, shapes: Shapes, found: Outline
 def check_texts(plan: Plan, federation: Federation, limit: int) -> None:
     """Have the task read every text, where one might be too long for the model.
 
-    For classification the tokenizer's own file counts the tokens, without torch. Raises
-    ``DataError`` naming split and row.
+    For classification the tokenizer's own file counts the tokens, without torch. Of images it reads
+    the first, to see the model's processor work: the rest takes long, and a run reads them before
+    it loads the model. Raises ``DataError`` naming split and row.
     """
     if getattr(plan.task, "max_length", None) is not None:
         return  # what is too long is cut
     tokenizer = _tokenizer(plan)
+    most = 1 if plan.task.head == "image-classification" else None
     for name, rows in (("train", federation.splits.train), ("test", federation.splits.test or [])):
         try:
             if tokenizer is not None:
-                plan.task.encode(rows, tokenizer, limit, federation.classes)
+                plan.task.encode(rows[:most], tokenizer, limit, federation.classes)
         except FedPeftError as error:
             raise type(error)(f"data: {name}: {error}") from error
 
@@ -118,7 +125,7 @@ def _tokenizer(plan: Plan) -> Any:
         return None if path is None else _Counter(path)
     from fedpeft.models._base import load_tokenizer
 
-    return load_tokenizer(plan.model)
+    return load_tokenizer(plan.model, plan.task.head)
 
 
 class _Counter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,21 @@ class Size:
     exact: bool
 
 
+class _Traffic:
+    """What single clients are sent and send; those that have the same are measured once."""
+
+    def __init__(self, plan: Plan, tables: Tables) -> None:
+        self._plan, self._tables = plan, tables
+        self._found: dict[Tables, tuple[Size, Size]] = {}
+
+    def of(self, client: str) -> tuple[Size, Size]:
+        """Return the sizes down and up."""
+        own = self._tables.of(client)
+        if own not in self._found:
+            self._found[own] = _down(self._plan, own), _up(self._plan, own)
+        return self._found[own]
+
+
 def preview(plan: Plan) -> dict[str, Any]:
     """Return the plan's costs as plain values. Raises ``FedPeftError`` where it cannot run.
 
@@ -46,7 +61,7 @@ def preview(plan: Plan) -> dict[str, Any]:
     check_texts(plan, federation, found.limit)
     population = federation.population
     tables = Tables(plan, shapes)
-    down, up = _down(plan, tables), _up(plan, tables)
+    traffic = _Traffic(plan, tables)
     cohort = plan.cohort.expected(len(population))
     return {
         "plan": plan.lines(),
@@ -56,28 +71,40 @@ def preview(plan: Plan) -> dict[str, Any]:
         "parameters": _parameters(found, shapes, tables),
         "cohort": cohort,
         "local": _local(plan, federation),
-        "stacked": "stacked" in getattr(plan.adapter, "offers", {}),
-        "bytes": {
-            "down_per_client": down.bytes,
-            "up_per_client": up.bytes,
-            "down_per_round": round(cohort * down.bytes),
-            "up_per_round": round(cohort * up.bytes),
-            "down_total": round(plan.rounds * cohort * down.bytes),
-            "up_total": round(plan.rounds * cohort * up.bytes),
-            "evaluation_total": _evaluation(plan, federation) * down.bytes,
-            "exact": down.exact and up.exact and found.exact,
-        },
+        "stacked": plan.adapter.max_group != 1,
+        "bytes": _bytes(plan, federation, traffic, cohort, found.exact),
         "memory": _memory(found, shapes, tables, plan),
         "warnings": list(checked.warnings),
     }
 
 
-def _evaluation(plan: Plan, federation: Federation) -> int:
-    """Return how many clients are sent something to evaluate, over all rounds."""
+def _bytes(
+    plan: Plan, federation: Federation, traffic: _Traffic, cohort: float, exact: bool
+) -> dict[str, Any]:
+    """Return bytes per client (mean, least, most), per round and in total."""
+    each = [traffic.of(client) for client in federation.population]
+    found: dict[str, Any] = {}
+    for way, sizes in (("down", [d for d, _ in each]), ("up", [u for _, u in each])):
+        exact = exact and all(size.exact for size in sizes)
+        counts = [size.bytes for size in sizes]
+        mean = sum(counts) / len(counts)
+        found |= {
+            f"{way}_per_client": round(mean),
+            f"{way}_per_client_least": min(counts),
+            f"{way}_per_client_most": max(counts),
+            f"{way}_per_round": round(cohort * mean),
+            f"{way}_total": round(plan.rounds * cohort * mean),
+        }
+    evaluated = (traffic.of(client)[0].bytes for client in _evaluated(plan, federation))
+    return {**found, "evaluation_total": sum(evaluated), "exact": exact}
+
+
+def _evaluated(plan: Plan, federation: Federation) -> Sequence[str]:
+    """Return who is sent something to evaluate, over all rounds."""
     if "clients" not in plan.evaluations or not plan.holdout:
-        return 0
+        return []
     often = len({*range(plan.eval_every, plan.rounds + 1, plan.eval_every), plan.rounds})
-    return often * len(evaluated_clients(plan, list(federation.train)))
+    return [*evaluated_clients(plan, list(federation.train))] * often
 
 
 def _down(plan: Plan, tables: Tables) -> Size:
@@ -190,6 +217,15 @@ def as_text(found: Mapping[str, Any]) -> str:
             "local work",
             f"{found['local']['steps_least']} to {found['local']['steps_most']} steps per round, "
             + _SHARING[found["stacked"]],
+        ),
+        *(
+            (
+                f"bytes {way} per client",
+                f"{traffic[f'{way}_per_client_least']:,} to {traffic[f'{way}_per_client_most']:,}, "
+                f"{traffic[f'{way}_per_client']:,} on average: their ranks differ",
+            )
+            for way in ("up", "down")
+            if traffic[f"{way}_per_client_least"] < traffic[f"{way}_per_client_most"]
         ),
         (
             "bytes per round",

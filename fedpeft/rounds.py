@@ -21,7 +21,7 @@ from fedpeft.memory import NEVER, Memory
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
 from fedpeft.tables import Tables
-from fedpeft.tensors import is_finite, prefixed, select, shapes_of
+from fedpeft.tensors import is_finite, narrowed, owned, padded, prefixed, select, shapes_of
 from fedpeft.types import (
     Example,
     Fit,
@@ -31,6 +31,8 @@ from fedpeft.types import (
     Metrics,
     Population,
     Scalar,
+    Sent,
+    Shapes,
     Tensors,
     Update,
     Weights,
@@ -94,12 +96,22 @@ def start(plan: Plan, tables: Tables, initial: Tensors) -> ServerState:
     return ServerState(params, plan.optimizer.init(params), plan.correction.server_init(params))
 
 
+def messages(
+    plan: Plan, tables: Tables, state: ServerState, run: str, clients: Iterable[str]
+) -> Iterator[tuple[str, Message]]:
+    """Yield what each client of this round is sent; clients that have the same share a body."""
+    bodies: dict[Tables, Body] = {}
+    for client in clients:
+        own = tables.of(client)
+        if own not in bodies:
+            bodies[own] = broadcast(plan, own, state)
+        yield client, bodies[own].seal(header(state, run, client))
+
+
 def broadcast(plan: Plan, tables: Tables, state: ServerState) -> Body:
-    """Encode what every client of this round receives; ``seal`` it with :func:`header`."""
+    """Encode what every client with these tables receives; ``seal`` it with :func:`header`."""
     expected = tables.down(state.round)
-    rng = derive(plan.seed, state.round, "downlink")
-    shared = {k: state.params[k] for k in expected["adapter"]}
-    sections = {"adapter": plan.downlink.encode(shared, rng)}
+    sections = {"adapter": _encoded(plan, expected["adapter"], state)}
     if "control" in expected:
         sections["control"] = plan.correction.broadcast(state.control)
     return body(sections, expected)
@@ -112,7 +124,7 @@ def header(state: ServerState, run: str, client: str) -> dict[str, Scalar]:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A broadcast as a client holds it; ``tensors`` is the whole adapter, ``kept`` its memory."""
+    """A broadcast as a client holds it; ``tensors`` is all it has, ``kept`` its memory."""
 
     told: Mapping[str, Scalar]
     round: int
@@ -133,9 +145,10 @@ def receive(
         raise WireError("message is no broadcast: its header lacks round and ack") from None
     if not 0 <= round < plan.rounds + 1:
         raise WireError(f"message is of round {round}, the plan has {plan.rounds}")
-    came = site.tables.decode(message, round)
+    tables = site.tables.of(client)
+    came = tables.decode(message, round)
     kept = memory.at(acknowledged, client) if site.tables.remembers else {}
-    tensors = {**site.initial, **select(kept, "local"), **came.adapter}
+    tensors = {**tables.part(site.initial), **select(kept, "local"), **came.adapter}
     return Received(told, round, acknowledged, tensors, came.control, select(kept, "correction"))
 
 
@@ -196,7 +209,8 @@ def group_round(
         raise PlanError("trainer: changed the parameters it was given in place; it must copy them")
     played: dict[int, Played] = {}
     for at, (k, trained) in enumerate(zip(order, unstack(fit.params), strict=True)):
-        played[k] = _finish(plan, site, asked[k], received[k], trained, fit, at)
+        own = narrowed(trained, shapes_of(received[k].tensors))
+        played[k] = _finish(plan, site, asked[k], received[k], own, fit, at)
     return [played[k] for k in range(len(asked))]
 
 
@@ -215,8 +229,8 @@ def server_round(
     used counts as zero and is named in the report.
     """
     control, refused, used = state.control, dict[str, str](), list[Update]()
-    answered, up_bytes = set[str](), 0
-    names = list(tables.up(state.round)["adapter"])
+    answered, up_bytes, less = set[str](), 0, dict[Tables, Sent]()
+    up = tables.up(state.round)["adapter"]
 
     def updates() -> Iterator[Update]:
         nonlocal control, up_bytes
@@ -234,16 +248,22 @@ def server_round(
                 refused[client] = printable(str(error))
                 continue
             used.append(replace(update, delta={}, extras={}))
+            if (own := tables.of(client)) is not tables:
+                less[own] = less.get(own) or _sent(plan, own, state)
+                update = replace(update, delta=padded([update.delta], up)[0], sent=less[own])
             yield update
 
     stream = updates()
-    step = plan.aggregator.reduce(stream, {k: state.params[k] for k in names}, weights)
+    step = plan.aggregator.reduce(stream, _sent(plan, tables, state), weights)
     for _ in stream:  # an aggregator that stops early must not hide who replied
         pass
-    if shapes_of(step.delta) != {k: state.params[k].shape for k in names}:
+    expected = {k: shape for k, shape in up.items() if k not in step.replaced}
+    known = {k: v.shape for k, v in state.params.items() if k in step.replaced}
+    if shapes_of(step.delta) != expected or shapes_of(step.replaced) != known:
         raise PlanError("aggregator: its step has other names or shapes than the adapter")
     with np.errstate(over="ignore", invalid="ignore"):
         moved, slots = plan.optimizer.step(state.params, step.delta, state.slots)
+    moved = {**moved, **step.replaced}
     if not (is_finite(moved) and is_finite(slots)):
         raise RunError(
             f"round {state.round}: the server's step is not finite; lower the optimizer's lr or "
@@ -255,17 +275,30 @@ def server_round(
     return ServerState(params, slots, control, acks, state.round + 1), report
 
 
+def _encoded(plan: Plan, shapes: Shapes, state: ServerState) -> Tensors:
+    """Return the adapter, or the part of these shapes, as it goes down."""
+    shared = narrowed({k: state.params[k] for k in shapes}, shapes)
+    return plan.downlink.encode(shared, derive(plan.seed, state.round, "downlink"))
+
+
+def _sent(plan: Plan, tables: Tables, state: ServerState) -> Sent:
+    """Return the adapter as clients decode it: another one where the downlink loses."""
+    down, up = tables.down(state.round)["adapter"], tables.up(state.round)["adapter"]
+    received = plan.downlink.decode(_encoded(plan, down, state), down)
+    moving = {k: received[k] for k in up}
+    still = {k: v for k, v in received.items() if k not in up}
+    return Sent(moving, still, derive_seed(plan.seed, state.round, "aggregator"))
+
+
 def _job(plan: Plan, site: Client, clients: Sequence[str], received: Sequence[Received]) -> Job:
     from fedpeft.stacking import stack
 
     round = received[0].round
     roles, up = site.tables.roles(round), site.tables.up(round)["adapter"]
-    device = site.learner.device
-    constants = stack(
-        [plan.correction.start({k: g.tensors[k] for k in up}, g.extras, g.kept) for g in received],
-        device,
-    )
-    stacked = stack([got.tensors for got in received], device)
+    device, shapes = site.learner.device, site.tables.shapes
+    constants = stack(_constants(plan, received, up, shapes), device)
+    stacked = stack(padded([got.tensors for got in received], shapes), device)
+    trained = [{k: got.tensors[k] for k in roles.train} for got in received]
 
     def adjust(
         grads: dict[str, torch.Tensor], params: dict[str, torch.Tensor]
@@ -281,8 +314,21 @@ def _job(plan: Plan, site: Client, clients: Sequence[str], received: Sequence[Re
         examples=[site.train(client) for client in clients],
         seeds=[derive_seed(plan.seed, round, client, "train") for client in clients],
         adjust=adjust,
+        masks=stack(owned(trained, shapes), device),
+        precondition=plan.adapter.precondition,
         progress=(round / plan.rounds, (round + 1) / plan.rounds),
     )
+
+
+def _constants(
+    plan: Plan, received: Sequence[Received], up: Iterable[str], shapes: Shapes
+) -> Sequence[Tensors]:
+    """Return what the correction starts each client with, filled up where clients have less."""
+    found = [
+        plan.correction.start({k: g.tensors[k] for k in up}, g.extras, g.kept) for g in received
+    ]
+    whole = all(shapes_of(got.tensors) == shapes for got in received)
+    return found if whole else padded(found, shapes)
 
 
 def _finish(
@@ -290,10 +336,11 @@ def _finish(
 ) -> Played:
     """Subtract, encode and remember: what client ``at`` of ``fit`` does with what it trained."""
     client, round, memory = asked.client, got.round, asked.memory
-    roles, up = site.tables.roles(round), site.tables.up(round)
+    roles, up = site.tables.roles(round), site.tables.of(client).up(round)
     if not np.isfinite(fit.losses[at]):
         why = "its loss is not finite: training diverged; lower the trainer's lr, or set clip"
         return Played(client, TrainError(why), memory)
+    trained = plan.adapter.after_fit(trained, got.tensors, round)
     delta = {k: _minus(trained[k], got.tensors[k]) for k in up["adapter"]}
     sent = plan.uplink.encode(delta, derive(plan.seed, round, client, "uplink"))
     followed = plan.correction.remembers or "control" in up

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedpeft.errors import PlanError
 from fedpeft.plan import Plan
-from fedpeft.tensors import shapes_of, size
-from fedpeft.types import Roles, Shapes, Tensors
+from fedpeft.tensors import narrowed, shapes_of, size
+from fedpeft.types import Narrowing, Roles, Shapes, Tensors
 from fedpeft.wire import Body, Message, unpack
 
 
@@ -22,13 +23,48 @@ class Broadcast:
 
 
 class Tables:
-    """Names and shapes of every section of a round's packets, and what happens to each tensor."""
+    """Names and shapes of every section of a round's packets, and what happens to each tensor.
+
+    They are those of a client that has the whole adapter; :meth:`of` gives those of any other.
+    """
 
     def __init__(self, plan: Plan, shapes: Shapes) -> None:
         self._plan, self.shapes = plan, shapes
+        self._narrowing = plan.adapter if isinstance(plan.adapter, Narrowing) else None
+        self._of: dict[str, Tables] = {}
+        self._narrow: dict[tuple[tuple[int, ...], ...], Tables] = {}
+        self._part: tuple[Tensors | None, Tensors] = (None, {})
         self._down: tuple[int, dict[str, Shapes]] = (-1, {})
         self._up: tuple[int, dict[str, Shapes]] = (-1, {})
         self._last: tuple[Body | None, Broadcast] = (None, Broadcast({}, {}))
+
+    def of(self, client: str) -> Tables:
+        """Return the tables of what ``client`` has: these where it has everything.
+
+        Clients that have the same share them. Raises ``PlanError`` for a correction whose control
+        state is that of the whole adapter.
+        """
+        if self._narrowing is None:
+            return self
+        if client not in self._of:
+            shapes = self._narrowing.narrow(self.shapes, client, self._plan.seed)
+            if shapes is self.shapes:
+                return self
+            key = tuple(shapes.values())
+            self._narrow[key] = self._narrow.get(key) or self._narrower(shapes)
+            self._of[client] = self._narrow[key]
+        return self._of[client]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether a client was met that has less than everything."""
+        return bool(self._narrow)
+
+    def part(self, tensors: Tensors) -> Tensors:
+        """Return what these tables name of ``tensors``; the same arrays when asked again."""
+        if self._part[0] is not tensors:
+            self._part = tensors, narrowed(tensors, self.shapes)
+        return self._part[1]
 
     def roles(self, round: int) -> Roles:
         """What happens to each tensor in ``round``."""
@@ -47,6 +83,14 @@ class Tables:
             shared = {k: s for k, s in self.shapes.items() if k in up}
             self._up = round, _sections(shared, self._plan.correction.extras_up(shared))
         return self._up[1]
+
+    def _narrower(self, shapes: Shapes) -> Tables:
+        if "control" in self.down(0) or "control" in self.up(0):
+            raise PlanError(
+                "correction: sends control state of every entry, and clients of mixed ranks have "
+                "not the same entries; use correction: none"
+            )
+        return Tables(self._plan, shapes)
 
     def _new_down(self, round: int) -> dict[str, Shapes]:
         down = self.roles(round).down

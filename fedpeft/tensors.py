@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedpeft.types import Shapes, Tensors
 
@@ -28,6 +30,40 @@ def select(a: Tensors, prefix: str) -> Tensors:
 def prefixed(prefix: str, a: Tensors) -> Tensors:
     """Put every array under ``prefix/``; the inverse of :func:`select`."""
     return {f"{prefix}/{k}": v for k, v in a.items()}
+
+
+def narrowed(a: Tensors, shapes: Shapes) -> Tensors:
+    """Return the first entries along every axis: copies, or the array itself where it is whole."""
+    return {
+        k: v if v.shape == shapes[k] else v[tuple(map(slice, shapes[k]))].copy()
+        for k, v in a.items()
+    }
+
+
+def padded(each: Sequence[Tensors], shapes: Shapes) -> list[Tensors]:
+    """Fill arrays of several clients up with zeros; what they share is filled up once.
+
+    ``<word>/<tensor>`` has the shape of its tensor; names that ``shapes`` lacks stay as they are.
+    """
+    made: dict[tuple[str, int], NDArray[Any]] = {}
+
+    def whole(name: str, value: NDArray[Any]) -> NDArray[Any]:
+        shape = shapes.get(name.rpartition("/")[2], value.shape)
+        if value.shape == shape or value.ndim != len(shape):
+            return value
+        key = name, id(value)
+        if key not in made:
+            made[key] = np.zeros(shape, value.dtype)
+            made[key][tuple(map(slice, value.shape))] = value
+        return made[key]
+
+    return [{k: whole(k, v) for k, v in own.items()} for own in each]
+
+
+def owned(each: Sequence[Tensors], shapes: Shapes) -> list[Tensors]:
+    """Return ones where a client has an entry, for the arrays that not all of them have whole."""
+    less = {k: shapes[k] for k in each[0] if any(own[k].shape != shapes[k] for own in each)}
+    return padded([{k: np.ones(own[k].shape, np.float32) for k in less} for own in each], less)
 
 
 def is_within(a: Tensors, bound: float) -> bool:

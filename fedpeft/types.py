@@ -13,7 +13,7 @@ says with three optional mappings from a trait to a reason::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +41,9 @@ Stacked: TypeAlias = "dict[str, torch.Tensor]"
 Metrics: TypeAlias = Mapping[str, float]
 Row: TypeAlias = Mapping[str, Any]
 """One record as it came from its source: column name to value."""
-Example: TypeAlias = Mapping[str, NDArray[np.int64]]
-"""One tokenised record: ``input_ids`` [T], ``labels`` ([T] or scalar), perhaps more."""
+Example: TypeAlias = Mapping[str, NDArray[Any]]
+"""One encoded record: ``input_ids`` [T] int64, or ``pixel_values`` [C, H, W] uint8; ``labels`` ([T]
+or scalar, int64), perhaps more."""
 Scalar: TypeAlias = int | float | str
 Rng: TypeAlias = np.random.Generator
 Population: TypeAlias = Mapping[str, int]
@@ -106,7 +107,9 @@ class Weights:
 class Update:
     """What the server holds of one client: decoded, checked, ``delta = trained - received``.
 
-    ``lr_sum`` adds up the learning rates of the local steps (steps x lr when constant).
+    ``lr_sum`` adds up the learning rates of the local steps (steps x lr when constant). A client
+    that has only the first entries of some tensors (mixed ranks) was ``sent`` those: it trained
+    them and nothing else, so the rest of its ``delta`` is zero.
     """
 
     client: str
@@ -115,22 +118,42 @@ class Update:
     lr_sum: float
     extras: Tensors = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
+    sent: Sent | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What the clients of a round were sent, as they decoded it.
+
+    ``moving`` they train and answer with an update of; ``still`` only came down. ``seed`` belongs
+    to this round of this run alone, for aggregators that draw.
+    """
+
+    moving: Tensors
+    still: Tensors = field(default_factory=dict)
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What an aggregator makes of a cohort: one direction for the server optimizer."""
+    """What an aggregator makes of a cohort: one direction for the server optimizer.
+
+    ``replaced`` are new values for tensors that were factorised anew: the old ones and the
+    optimizer have no part in them, and ``delta`` does not name them.
+    """
 
     delta: Tensors
+    replaced: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Records of K clients, padded to the longest.
 
-    ``inputs`` go to the model ([K * b, T] each); ``labels`` [K * b] or [K * b, T]; ``weights``
-    [K * b] says how much each record's loss counts in its client's objective; ``lengths`` [K * b]
-    is how many positions of each row are its own, 0 where a row only fills up its client's share.
+    ``inputs`` go to the model ([K * b, T], or images [K * b, C, H, W]); ``labels`` [K * b] or
+    [K * b, T]; ``weights`` [K * b] says how much each record's loss counts in its client's
+    objective; ``lengths`` [K * b] is how many positions of each row are its own, 0 where a row only
+    fills up its client's share.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -161,8 +184,9 @@ class Job:
     that at any step those still training are the first n: ``adjust`` maps gradients and current
     parameters [n, ...] of the first n clients to corrected gradients. ``masks`` [K, ...] of zeros
     and ones says which entries of a parameter a client has, where not all (mixed ranks).
-    ``grouping`` says which clients share a pass. ``progress`` is where in the whole run this job
-    starts and ends, in [0, 1]; ``on_step`` is told the number of records of each step.
+    ``precondition`` is the adapter's. ``grouping`` says which clients share a pass. ``progress`` is
+    where in the whole run this job starts and ends, in [0, 1]; ``on_step`` is told the number of
+    records of each step.
     """
 
     learner: Learner
@@ -172,6 +196,7 @@ class Job:
     seeds: Sequence[int]
     adjust: Callable[[Stacked, Stacked], Stacked]
     masks: Stacked = field(default_factory=dict)
+    precondition: Callable[[Stacked], Stacked] = lambda _: {}
     grouping: Grouping = field(default_factory=Grouping)
     progress: tuple[float, float] = (0.0, 1.0)
     on_step: Callable[[int], None] = lambda _: None
@@ -214,7 +239,7 @@ class Attached(Protocol):
 
     @property
     def max_group(self) -> int | None:
-        """Most clients in one pass; ``None`` where there is no limit but memory."""
+        """Most clients in one pass: the adapter's ``max_group``."""
         ...
 
     def __call__(
@@ -249,6 +274,11 @@ class Learner(Protocol):
         """Where parameters and batches live."""
         ...
 
+    @property
+    def max_group(self) -> int | None:
+        """Most clients in one pass: the adapter's ``max_group``."""
+        ...
+
     def grads(
         self,
         params: Stacked,
@@ -274,7 +304,8 @@ class Learner(Protocol):
     ) -> Sequence[Metrics]:
         """Return the task's metrics, and ``loss`` in nats, of each client's tensors on its records.
 
-        Up to ``width`` clients share a pass.
+        Up to ``width`` clients share a pass. Raises ``TrainError`` where one record does not fit
+        into memory.
         """
         ...
 
@@ -314,7 +345,7 @@ class Task(Protocol):
     """``tasks/``: what is learned. ``head`` says which class of model; losses are per record."""
 
     @property
-    def head(self) -> Literal["sequence-classification", "causal-lm"]:
+    def head(self) -> Literal["sequence-classification", "image-classification", "causal-lm"]:
         """The ``transformers`` auto class to load."""
         ...
 
@@ -334,7 +365,10 @@ class Task(Protocol):
     def encode(
         self, rows: Sequence[Row], tokenizer: Any, limit: int, classes: Sequence[str]
     ) -> Sequence[Example]:
-        """Tokenise; ``limit`` is the model's longest input. Raises ``DataError``."""
+        """Tokenise; ``limit`` is the model's longest input. Raises ``DataError``.
+
+        ``tokenizer`` is an image processor where the head takes images.
+        """
         ...
 
     def collate(self, examples: Sequence[Example], pad: int) -> tuple[dict[str, Any], Any]:
@@ -363,7 +397,12 @@ class Task(Protocol):
 
 @runtime_checkable
 class Adapter(Protocol):
-    """``adapters/``: which tensors there are; which train, travel and stay in each round."""
+    """``adapters/``: which tensors there are; which train, travel and stay in each round.
+
+    ``max_group`` is how many clients may share a pass: ``None`` where only memory limits them.
+    """
+
+    max_group: ClassVar[int | None] = 1
 
     def shapes(self, outline: Outline) -> Shapes:
         """Return the adapter tensors for a model of this outline, without loading it."""
@@ -381,12 +420,42 @@ class Adapter(Protocol):
         """Tie the adapter to a loaded model."""
         ...
 
+    def precondition(self, fixed: Stacked) -> Stacked:
+        """Return matrices [K, d, d] that gradients [K, ..., d] may be multiplied by from the right.
+
+        They go by the name of what trains, and follow from what does not, ``fixed`` [K, ...].
+        """
+        ...
+
+    def after_fit(self, trained: Tensors, received: Tensors, round: int) -> Tensors:
+        """Return what a client takes for trained, once it has; the update is the way there.
+
+        ``received`` is the whole adapter as the client started with it.
+        """
+        ...
+
     def export(self, base: Base, tensors: Tensors, folder: Path) -> None:
         """Write the folder that other tools load."""
         ...
 
     def restore(self, folder: Path, shapes: Shapes) -> Tensors:
         """Read such a folder. Raises ``ModelError`` where it does not fit."""
+        ...
+
+
+@runtime_checkable
+class Narrowing(Protocol):
+    """What an adapter has besides whose clients may have less than all of it (mixed ranks)."""
+
+    def narrow(self, shapes: Shapes, client: str, seed: int) -> Shapes:
+        """Return what ``client`` has: of each tensor the first entries along every axis.
+
+        The same object where it has everything. ``seed`` is the plan's.
+        """
+        ...
+
+    def check_clients(self, names: Collection[str]) -> None:
+        """Raise ``PlanError`` where the clients of a federation are not those it speaks of."""
         ...
 
 
@@ -474,8 +543,11 @@ class Weighting(Protocol):
 class Aggregator(Protocol):
     """``aggregators/``: many updates to one direction."""
 
-    def reduce(self, updates: Iterable[Update], params: Tensors, weights: Weights) -> Step:
-        """Consume the updates once, in client order; no update gives a zero step."""
+    def reduce(self, updates: Iterable[Update], sent: Sent, weights: Weights) -> Step:
+        """Consume the updates once, in client order; no update gives a zero step.
+
+        The step's ``delta`` names what was ``sent.moving``, but for what it replaces.
+        """
         ...
 
 
@@ -520,6 +592,10 @@ class Simulation(Protocol):
 
     def made_with(self) -> Mapping[str, int | str]:
         """Return what decides the last bits of a run beside its plan, such as threads."""
+        ...
+
+    def check_device(self, device: str) -> None:
+        """Raise ``PlanError`` for a device that its clients would not train on."""
         ...
 
     def start(self, stage: Stage) -> AbstractContextManager[Engine]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,23 +21,24 @@ from fedpeft.rounds import (
     Asked,
     Played,
     ServerState,
-    broadcast,
     group_round,
-    header,
+    messages,
     server_round,
     start,
 )
 from fedpeft.spec import build
 from fedpeft.tables import Tables
 from fedpeft.types import Example, Fit, Job, Stacked, Tensors, Trainer, Weights
-from tests.architectures import CHANNELS, SIDE, VOCABULARY, ImageTask, randomised
+from tests.architectures import SIDE, VOCABULARY, randomised
 
 CLASSES = ("a", "b", "c")
 CLASSIFY, LANGUAGE = "sequence-classification", "causal-lm"
+PICTURES = "image-classification"
+TASKS = {CLASSIFY: "classify", PICTURES: "classify_images", LANGUAGE: "causal_lm"}
 ARENAS: Mapping[str, tuple[str, str]] = {
     "bert": (CLASSIFY, "attention"),
     "bert all": (CLASSIFY, "all-linear"),
-    "vit": (CLASSIFY, "attention"),
+    "vit": (PICTURES, "attention"),
     "llama": (LANGUAGE, "attention"),
     "gpt2": (LANGUAGE, "attention"),
     "gpt2 all": (LANGUAGE, "all-linear"),
@@ -54,17 +55,25 @@ WIDE = Grouping(16)
 
 
 class Spy:
-    """An attached adapter that notes how many clients each pass is for."""
+    """An attached adapter that notes how many clients, and rows, each pass is for.
+
+    Passes of more than ``most`` clients, or ``tallest`` rows, do not fit into memory.
+    """
 
     def __init__(self, attached: Any, most: int | None = None) -> None:
         self._attached, self.most = attached, most
+        self.tallest: int | None = None
         self.clients: list[int] = []
+        self.rows: list[int] = []
 
     def __call__(self, params: Stacked, inputs: Stacked, dropout: Any = None) -> torch.Tensor:
         (clients,) = {len(value) for value in params.values()}
-        assert len(next(iter(inputs.values()))) % clients == 0
+        rows = len(next(iter(inputs.values())))
+        assert rows % clients == 0
         self.clients.append(clients)
-        if self.most is not None and clients > self.most:
+        self.rows.append(rows)
+        limits = ((clients, self.most), (rows, self.tallest))
+        if any(limit is not None and size > limit for size, limit in limits):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")
         found: torch.Tensor = self._attached(params, inputs, dropout)
         return found
@@ -111,6 +120,8 @@ class Camp:
     kept: dict[str, list[Example]]
     spy: Any
     watched: Watched
+    warnings: list[str] = field(default_factory=list)
+    """What the learner has told."""
 
     @property
     def attached(self) -> Any:
@@ -135,11 +146,8 @@ class Moment:
     memories: dict[str, Memory]
 
     def asked(self, camp: Camp, clients: Sequence[str]) -> list[Asked]:
-        body = broadcast(camp.plan, camp.tables, self.state)
-        return [
-            Asked(c, body.seal(header(self.state, "run", c)), self.memories.get(c, Memory()))
-            for c in clients
-        ]
+        sent = messages(camp.plan, camp.tables, self.state, "run", clients)
+        return [Asked(c, message, self.memories.get(c, Memory())) for c, message in sent]
 
 
 def camp_of(
@@ -150,21 +158,23 @@ def camp_of(
     adapter: str = "r=3, alpha=6",
     most: int | None = None,
     targets: str = "",
+    method: str = "lora",
 ) -> Camp:
     """Set up clients on ``base``; its precision is that of their training, but for bfloat16."""
     head, usual = ARENAS.get(arena, (CLASSIFY, "attention"))
-    plan = plan_of(f"lora({adapter}, targets={targets or usual!r})", trainer, correction)
+    plan = plan_of(f"{method}({adapter}, targets={targets or usual!r})", trainer, correction)
     exact = torch.promote_types(next(base.model.parameters()).dtype, torch.float32)
     watched = Watched(plan.trainer, exact)
     plan = replace(plan, trainer=watched)
     shapes = plan.adapter.shapes(base.outline)
     spy: Any = Spy(plan.adapter.attach(base), most)
-    task: Any = build("tasks", "causal_lm" if head == LANGUAGE else "classify")
-    learner = ModelLearner(base, spy, ImageTask() if arena == "vit" else task)
+    told: list[str] = []
+    learner = ModelLearner(base, spy, build("tasks", TASKS[head]), told.append)
     initial = randomised(plan.adapter.initial(base, shapes, 0), scale=0.05)
     records = {c: records_of(arena, n, i) for i, (c, n) in enumerate(SIZES.items())}
     held = {c: records_of(arena, 3 * n + 3, 50 + i) for i, (c, n) in enumerate(SIZES.items())}
-    return Camp(plan, learner, Tables(plan, shapes), initial, records, held, spy, watched)
+    tables = Tables(plan, shapes)
+    return Camp(plan, learner, tables, initial, records, held, spy, watched, told)
 
 
 def plan_of(adapter: str, trainer: str, correction: str) -> Plan:
@@ -186,7 +196,7 @@ def records_of(arena: str, count: int, seed: int) -> list[Example]:
     for i in range(count):
         label = np.asarray((i + seed) % len(CLASSES))
         if arena == "vit":
-            pixels: Any = rng.standard_normal((CHANNELS, SIDE, SIDE)).astype(np.float32)
+            pixels = rng.integers(0, 256, (3, SIDE, SIDE), dtype=np.uint8)
             found.append({"pixel_values": pixels, "labels": label})
             continue
         ids = rng.integers(5, VOCABULARY, rng.integers(2, 8))

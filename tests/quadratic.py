@@ -42,6 +42,7 @@ class Quadratic:
     curves: F64
     places: F64
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    max_group: int | None = None
 
     def collate(self, records: Sequence[Example | None], weights: Sequence[float]) -> Batch:
         """Keep the row numbers."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fedpeft.adapters import _peft_folder
-from fedpeft.adapters._stacked import masked
+from fedpeft.adapters._stacked import _added, masked
 from fedpeft.adapters.full import Full
 from fedpeft.adapters.lora import ATTENTION, Lora
 from fedpeft.errors import FedPeftError, ModelError
@@ -28,7 +28,7 @@ from fedpeft.spec import build
 from fedpeft.stacking import stack
 from fedpeft.tensors import shapes_of
 from fedpeft.types import Adapter, Batch, Dropout, Tensors
-from tests.architectures import CHECKPOINTS, checkpoint, fresh_base, inputs, randomised
+from tests.architectures import CHECKPOINTS, IMAGES, checkpoint, fresh_base, inputs, randomised
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning"
@@ -36,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 CLASSES = ("a", "b", "c")
 CLASSIFY, LANGUAGE = "sequence-classification", "causal-lm"
+PICTURES = "image-classification"
 Folders = Callable[[str], Path]
 Bases = Callable[[str, str], Base]
 
@@ -47,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Folders:
 
     def find(kind: str) -> Path:
         if kind not in made:
-            made[kind] = checkpoint(kind, root / kind, bert)
+            made[kind] = checkpoint(kind, root / kind, None if kind in IMAGES else bert)
         return made[kind]
 
     return find
@@ -60,7 +61,8 @@ def bases(folders: Folders) -> Bases:
 
     def find(kind: str, head: str) -> Base:
         if (kind, head) not in made:
-            made[kind, head] = fresh_base(folders(kind), head, CLASSES if head == CLASSIFY else ())
+            classes = () if head == LANGUAGE else CLASSES
+            made[kind, head] = fresh_base(folders(kind), head, classes)
         return made[kind, head]
 
     return find
@@ -332,6 +334,29 @@ def test_a_head_that_is_not_linear_is_refused_and_leaves_no_hook(bases: Bases) -
 LENGTH = 7
 
 
+@pytest.mark.parametrize("fresh", [True, False], ids=["in-place", "view"])
+def test_the_low_rank_sum_has_the_gradients_of_its_formula(fresh: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w": (5, 4), "x": (6, 3, 4), "a": (2, 2, 4), "b": (2, 5, 2)}
+    leaves = {
+        k: torch.randn(s, dtype=torch.float64, generator=generator, requires_grad=True)
+        for k, s in shapes.items()
+    }
+
+    def output(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        made = x @ w.T
+        return made.clone() if fresh else made.view(-1, 5).view(made.shape)
+
+    def ours(w: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return _added(output(w, x), x, a, b, 0.7)
+
+    w, x, a, b = leaves.values()
+    assert output(w, x)._is_view() is not fresh
+    told = torch.einsum("kntd,krd,kor->knto", x.reshape(2, 3, 3, 4), a, b).reshape(6, 3, 5)
+    torch.testing.assert_close(ours(w, x, a, b), x @ w.T + 0.7 * told, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(ours, (w, x, a, b))
+
+
 # --- dropout ------------------------------------------------------------------------------------
 
 
@@ -482,6 +507,25 @@ def test_the_files_tell_what_the_loaded_model_has(
     assert _by_suffix(found, base) == _by_suffix(loaded, base)
     assert _by_suffix(read.parameters, base) == _by_suffix(base.outline.parameters, base)
     assert _by_suffix(read.head, base) == _by_suffix(base.outline.head, base)
+
+
+@pytest.mark.parametrize("targets", SAME)
+@pytest.mark.parametrize("kind", IMAGES)
+def test_the_files_of_vision_models_tell_every_name(
+    bases: Bases, folders: Folders, kind: str, targets: str
+) -> None:
+    """Files keep old names; a bare encoder's lack its prefix, too."""
+    if kind == "convnext" and targets == "attention":
+        return  # it has none
+    read = outline(str(folders(kind)), PICTURES, len(CLASSES))
+    base, adapter = bases(kind, PICTURES), Lora(r=2, targets=targets)
+    assert read.exact
+    assert dict(read.linear) == dict(base.outline.linear)
+    assert dict(read.head) == dict(base.outline.head)
+    assert dict(read.parameters) == dict(base.outline.parameters)
+    assert adapter.shapes(read) == adapter.shapes(base.outline)
+    assert adapter.modules(base.outline)
+    assert not any("projection" in module for module in read.linear)  # patches are convolved
 
 
 @pytest.mark.parametrize(

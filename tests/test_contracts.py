@@ -31,15 +31,17 @@ SAMPLES = {
     "data/csv": "csv(train='a.csv')",
     "data/embedded": "embedded(name='support')",
     "data/hub": "hub(name='org/name')",
+    "data/imagefolder": "imagefolder(train='a')",
     "data/jsonl": "jsonl(train='a.jsonl')",
+    "data/npz": "npz(file='a.npz')",
 }
 """Specs of the methods that have required fields."""
 
 NO_PAPER = {
     *("codecs/chain", "codecs/half", "codecs/raw"),
     *("cohorts/everyone", "partitions/iid", "weighting/uniform"),
-    *("data/csv", "data/embedded", "data/hub", "data/jsonl"),
-    *("tasks/causal_lm", "tasks/classify"),
+    *("data/csv", "data/embedded", "data/hub", "data/imagefolder", "data/jsonl", "data/npz"),
+    *("tasks/causal_lm", "tasks/classify", "tasks/classify_images"),
     *("engine/inline", "engine/processes"),
 }
 """Methods whose first line says what they are instead of citing a paper."""

@@ -33,11 +33,13 @@ from fedpeft.spec import build, names
 from fedpeft.tables import limit
 from fedpeft.types import Dropout, Example, Job, Metrics, Stacked
 from fedpeft.wire import Message, peek, unpack
-from tests.architectures import VOCABULARY, checkpoint, fresh_base, image_base, randomised
+from tests.architectures import VOCABULARY, checkpoint, fresh_base, randomised
 from tests.camp import (
     ARENAS,
     CLASSES,
     CLASSIFY,
+    LANGUAGE,
+    PICTURES,
     SGD,
     SIZES,
     STEPS,
@@ -72,12 +74,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Bases:
 
     def find(kind: str, dtype: torch.dtype) -> Base:
         if (kind, dtype) not in made:
-            if kind == "vit":
-                base = image_base(CLASSES, double=False)
-            else:
-                head = ARENAS.get(kind, (CLASSIFY, ""))[0]
-                folder = checkpoint(kind, root / f"{kind}-{dtype}", bert)
-                base = fresh_base(folder, head, CLASSES if head == CLASSIFY else (), double=False)
+            head = ARENAS.get(kind, (CLASSIFY, ""))[0]
+            tokenizer = None if head == PICTURES else bert
+            folder = checkpoint(kind, root / f"{kind}-{dtype}", tokenizer)
+            classes = () if head == LANGUAGE else CLASSES
+            base = fresh_base(folder, head, classes, double=False)
             base.model.to(dtype)
             made[kind, dtype] = base
         return made[kind, dtype]
@@ -476,17 +477,25 @@ POISON = 4
 
 
 def _poisoned(base: Base) -> Base:
-    """Return a copy in which one token has no finite embedding."""
+    """Return a copy in which one token, or an image all white, has no finite embedding."""
     found = replace(base, model=copy.deepcopy(base.model))
     model: Any = found.model
-    if found.tokenizer is not None:
+    if found.head_kind == PICTURES:
+        model.base_model.register_forward_pre_hook(_whites_are_not_finite)
+    else:
         model.get_input_embeddings().weight.data[POISON] = float("nan")
     return found
 
 
+def _whites_are_not_finite(_: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    (images,) = args
+    white = (images == images[:, :, :1, :1]).flatten(1).all(1)
+    return (torch.where(white[:, None, None, None], torch.nan, images),)
+
+
 def _spoiled(record: Example) -> Example:
     if "pixel_values" in record:
-        return {**record, "pixel_values": np.full_like(record["pixel_values"], np.nan)}
+        return {**record, "pixel_values": np.full_like(record["pixel_values"], 255)}
     return {**record, "input_ids": np.full_like(record["input_ids"], POISON)}
 
 
@@ -509,14 +518,17 @@ def test_a_client_that_diverges_does_so_alone(camps: Camps, trainer: str) -> Non
 
 
 def _player(
-    camp: Camp, width: int, memories: Mapping[str, Memory] | None = None
+    camp: Camp,
+    width: int,
+    memories: Mapping[str, Memory] | None = None,
+    keep: Callable[[Grouping], None] = lambda _: None,
 ) -> tuple[Player, list[str]]:
     warnings: list[str] = []
     site: Any = camp
     store = InProcess()
     for client, memory in (memories or {}).items():
         store.save(client, memory)
-    return Player(site, store, Grouping(width), warnings.append), warnings
+    return Player(site, store, Grouping(width), warnings.append, keep=keep), warnings
 
 
 def _requests(camp: Camp, moment: Moment) -> list[tuple[str, Any]]:
@@ -643,14 +655,45 @@ def test_heads_of_their_own_are_evaluated_as_they_are_remembered(camps: Camps) -
     _assert_metrics([together[client] for client in SIZES], _one_by_one(camp, moment))
 
 
-def test_a_group_that_cannot_be_evaluated_is_made_smaller(camps: Camps) -> None:
+@pytest.mark.parametrize("adapter", ["r=3", f"r=3, {LOCAL}"])
+@pytest.mark.parametrize("width", [1, 4])
+def test_evaluation_that_does_not_fit_takes_fewer_records_and_leaves_the_group(
+    camps: Camps, adapter: str, width: int
+) -> None:
+    camp = camps("bert", adapter=adapter, dtype=torch.float32)
+    moment = second_round(camp)
+    expected, kept = _one_by_one(camp, moment), list[Grouping]()
+    player, warnings = _player(camp, width, moment.memories, kept.append)
+    camp.spy.tallest = 3
+    together = dict(player.evaluate(_requests(camp, moment)))
+    assert camp.warnings
+    assert (player.grouping, warnings, kept) == (Grouping(width), [], [])
+    _assert_metrics([together[client] for client in SIZES], expected)
+    told = len(camp.warnings)
+    dict(player.evaluate(_requests(camp, moment)))
+    assert len(camp.warnings) == told  # it is remembered
+
+
+def test_evaluation_never_narrows_the_group(camps: Camps, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(*_: Any) -> Any:
+        raise MemoryError
+
+    camp = camps("bert")
+    player, warnings = _player(camp, 4)
+    monkeypatch.setattr(camp.learner, "evaluate", evaluate)
+    with pytest.raises(MemoryError):
+        dict(player.evaluate(_requests(camp, first_round(camp))))
+    assert (player.grouping.width, warnings) == (4, [])
+
+
+def test_records_that_do_not_fit_at_all_are_no_fault_of_the_group(camps: Camps) -> None:
     camp = camps("bert", adapter=f"r=3, {LOCAL}", dtype=torch.float32)
     moment = second_round(camp)
     player, warnings = _player(camp, 4, moment.memories)
-    camp.spy.most = 2
-    together = dict(player.evaluate(_requests(camp, moment)))
-    assert warnings == ["a group does not fit into memory; going on with group=2"]
-    _assert_metrics([together[client] for client in SIZES], _one_by_one(camp, moment))
+    camp.spy.tallest = 0
+    with pytest.raises(TrainError, match="evaluation: one record does not fit into memory"):
+        dict(player.evaluate(_requests(camp, moment)))
+    assert (player.grouping.width, warnings) == (4, [])
 
 
 def test_a_model_whose_clients_cannot_share_a_pass_is_evaluated_in_turn(

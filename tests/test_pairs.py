@@ -19,6 +19,7 @@ from fedpeft import Plan, simulate
 from fedpeft.errors import PlanError
 from fedpeft.plan import PARTS
 from fedpeft.spec import names
+from tests.pictures import image_lines
 from tests.tiny import support_files, tiny_bert, tiny_llama
 
 Choice = tuple[str, str]
@@ -27,12 +28,14 @@ Choice = tuple[str, str]
 LISTED: Mapping[str, list[str]] = {
     "task": ["classify", "causal_lm(max_length=24)"],
     "adapter": [
-        *(
-            f"lora(r=2, train={train!r}, head={head!r})"
-            for train in ("A,B", "A", "B")
-            for head in ("average", "local", "frozen")
-        ),
+        *("lora(r=2)", "lora(r=2, head='local')", "lora(r=2, head='frozen')"),
+        *("lora(r=2, train='A', head='frozen')", "lora(r=2, train='B', head='local')"),
+        *("lora(r=2, train='B/A')", "lora(r=2, train='B', send='both')", "lora(r=2, local='B')"),
+        "lora(r=2, align=0.5)",
+        "lora(r=3, ranks='1,2,3')",
         "lora(r=2, targets='all-linear', dropout=0.1, init='orthonormal', rslora=True)",
+        "core(r=2, heads=3, scales='trained')",
+        "core(r=3, targets='all-linear', dropout=0.1, init='svd', sigma_to='A', head='local')",
         "full",
     ],
     "trainer": [
@@ -41,12 +44,20 @@ LISTED: Mapping[str, list[str]] = {
         "plain(optimizer='sgd', lr=0.1, epochs=1, batch=16, schedule='cosine', accumulate=2)",
         "plain(lr=1e-3, steps=2, batch=4)",
         "plain(lr=1e-3, records=10, batch=4, schedule='linear', final=0.1, clip=1.0)",
+        "plain(optimizer='sgd', lr=0.1, steps=2, batch=4, precondition=true)",
     ],
     "correction": ["none", "fedprox(mu=0.1)", "scaffold"],
     "uplink": ["raw", "half", "half(dtype='bfloat16')", "raw | half"],
     "downlink": ["raw", "half", "half(dtype='bfloat16')", "half | raw"],
     "cohort": ["everyone", "uniform(size=2)", "poisson(rate=0.6)"],
     "weighting": ["examples", "uniform", "uniform(denominator='expected')"],
+    "aggregator": [
+        *("mean", "ties", "ties(density=0.5, scope='tensor', space='dense')"),
+        *("dare", "breadcrumbs", "model_stock"),
+        *("flexlora", "flexlora(sigma_to='split')", "fedsvd"),
+        *("flexlora(rank_normalise=True)", "hetlora(rank_normalise=True)"),
+        *("lora_fair", "lora_fair(solver='cosine')", "lora_fair(solver='cosine+norm', lam=0.0)"),
+    ],
     "optimizer": ["sgd", "sgd(lr=0.5, momentum=0.9)", "adam", "yogi", "adagrad"],
     "partition": [
         *("iid", "dirichlet(alpha=1.0)", "dirichlet(field='label')"),
@@ -72,24 +83,26 @@ OPTIONS = _options()
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """Return the data line, and the model of each kind of task."""
+    """Return the model and the data line of each kind of task."""
     root = tmp_path_factory.mktemp("pairs")
     train, test = support_files(root)
+    texts = f"jsonl(train={str(train)!r}, test={str(test)!r})"
+    images = image_lines(root)
     return {
-        "data": f"jsonl(train={str(train)!r}, test={str(test)!r})",
-        "classify": str(tiny_bert(root / "bert")),
-        "causal_lm": str(tiny_llama(root / "llama")),
+        "classify": {"model": str(tiny_bert(root / "bert")), "data": texts},
+        "classify_images": {name: images[name] for name in ("model", "data")},
+        "causal_lm": {"model": str(tiny_llama(root / "llama")), "data": texts},
     }
 
 
 def _plan(chosen: Mapping[str, str], lines: Mapping[str, Any] | None = None) -> Plan:
     """Return the plan with these choices; the first option of every other line."""
     full = {line: options[0] for line, options in OPTIONS.items()} | dict(chosen)
-    given = lines or {"data": "jsonl(train='none')"}
-    model = given.get(full["task"].partition("(")[0], "org/name")
+    none = {"model": "org/name", "data": "jsonl(train='none')"}
+    given = lines[full["task"].partition("(")[0]] if lines else none
     natural = full["partition"].startswith("by_field")  # it brings its own clients
-    scalars = {"rounds": 2, "clients": None if natural else 3, "model": model}
-    return Plan.from_lines({**full, **scalars, "data": given["data"]})
+    scalars = {"rounds": 2, "clients": None if natural else 3}
+    return Plan.from_lines({**full, **scalars, **given})
 
 
 @lru_cache(maxsize=100_000)
@@ -195,13 +208,13 @@ def test_pairs_that_are_refused_say_why_and_are_few() -> None:
         reason = _refusal(tuple(sorted((one, other))))
         assert any(reason.startswith(f"{line}: ") for line, _ in (one, other)), reason
         assert len(reason) > 40
-    assert len(refused) < 0.05 * len(possible)
+    assert len(refused) < 0.12 * len(possible)
 
 
 def test_the_cover_holds_every_possible_pair() -> None:
     held = set[tuple[Choice, Choice]]().union(*(_held(chosen) for chosen in _cover()))
     assert set(_possible()) <= held
-    assert len(_cover()) < 150
+    assert len(_cover()) < 200
 
 
 def test_every_pair_runs_or_is_refused(lines: Mapping[str, Any]) -> None:

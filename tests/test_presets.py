@@ -46,10 +46,14 @@ def test_lines_are_specs_of_a_plan(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_explicit_lines_win(name: str) -> None:
-    plan = _plan(name, weighting="uniform(denominator='expected')", optimizer="sgd(lr=0.25)")
+    plan = _plan(name, weighting="uniform(denominator='expected')", uplink="half")
     assert describe(plan.weighting) == "uniform(denominator='expected')"
-    assert describe(plan.optimizer) == "sgd(lr=0.25)"
+    assert describe(plan.uplink) == "half"
     assert describe(plan.correction) == describe(_plan(name).correction)
+
+
+def test_an_empty_line_leaves_the_preset_alone() -> None:
+    assert describe(_plan("ffa_lora", adapter=None).adapter) == describe(_plan("ffa_lora").adapter)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -57,7 +61,8 @@ def test_every_knob_turns_something(name: str) -> None:
     preset = build("presets", name)
     for f in dataclasses.fields(preset):
         value = getattr(preset, f.name)
-        other: Any = {str: "orthonormal", int: 32, float: 0.5}[type(value)]
+        number = 32 if value != 32 else 64
+        other: Any = {str: "orthonormal", int: number, float: 0.25, bool: True}[type(value)]
         turned = dataclasses.replace(preset, **{f.name: other})
         assert turned.lines() != preset.lines(), f.name
         _plan(describe(turned))
@@ -111,6 +116,7 @@ def test_a_wrong_preset_is_named() -> None:
 SMALL = {
     "fedit": "fedit(r=2, targets='attention', epochs=1, batch=8, accumulate=2)",
     "ffa_lora": "ffa_lora(r=2)",
+    "fed_sb": "fed_sb(r=4, epochs=1, batch=8)",
 }
 
 

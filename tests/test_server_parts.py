@@ -23,7 +23,7 @@ from fedpeft.errors import PlanError, WireError
 from fedpeft.rng import derive
 from fedpeft.spec import build
 from fedpeft.tensors import shapes_of
-from fedpeft.types import Tensors, Update, Weights
+from fedpeft.types import Sent, Tensors, Update, Weights
 from fedpeft.weighting.examples import Examples
 from fedpeft.weighting.uniform import Uniform
 
@@ -41,19 +41,19 @@ def _update(client: str, weight: float, **delta: Any) -> Update:
 def test_mean_of_two_weighted_updates() -> None:
     params = {"a": np.zeros(2, F32), "b": np.zeros((1, 1), F32)}
     updates = [_update("x", 1, a=[4, 8], b=[[0]]), _update("y", 3, a=[0, -8], b=[[4]])]
-    step = Mean().reduce(updates, params, Weights({"x": 1.0, "y": 3.0}, 4.0))
+    step = Mean().reduce(updates, Sent(params), Weights({"x": 1.0, "y": 3.0}, 4.0))
     assert step.delta["a"].tolist() == [1.0, -4.0]
     assert step.delta["b"].tolist() == [[3.0]]
     assert [v.dtype for v in step.delta.values()] == [np.dtype(F32)] * 2
 
 
 def test_a_missing_reply_counts_as_zero() -> None:
-    step = Mean().reduce([_update("x", 1, a=[4])], {"a": np.zeros(1, F32)}, Weights({}, 4.0))
+    step = Mean().reduce([_update("x", 1, a=[4])], Sent({"a": np.zeros(1, F32)}), Weights({}, 4.0))
     assert step.delta["a"].tolist() == [1.0]
 
 
 def test_no_update_gives_a_zero_step() -> None:
-    step = Mean().reduce([], {"a": np.ones((2, 3), F32)}, Weights({}, 0.0))
+    step = Mean().reduce([], Sent({"a": np.ones((2, 3), F32)}), Weights({}, 0.0))
     assert step.delta["a"].dtype == F32
     assert np.array_equal(step.delta["a"], np.zeros((2, 3)))
 
@@ -62,7 +62,7 @@ def test_thirds_add_up() -> None:
     """Products in float32 would be off by one bit."""
     params, thirds = {"a": np.zeros(64, F32)}, Weights({}, 3.0)
     value = RNG.standard_normal(64).astype(F32)
-    step = Mean().reduce([_update(c, 1, a=value) for c in "xyz"], params, thirds)
+    step = Mean().reduce([_update(c, 1, a=value) for c in "xyz"], Sent(params), thirds)
     assert np.array_equal(step.delta["a"], value)
 
 
@@ -82,7 +82,7 @@ def test_mean_is_the_exact_mean(
     pairs = list(zip(sizes, deltas, strict=True))
     updates = [_update(str(i), float(n), a=d) for i, (n, d) in enumerate(pairs)]
     weights = Weights({u.client: u.weight for u in updates}, float(sum(sizes)))
-    got = Mean().reduce(updates, {"a": np.zeros(shape, F32)}, weights).delta["a"]
+    got = Mean().reduce(updates, Sent({"a": np.zeros(shape, F32)}), weights).delta["a"]
     assert got.shape == shape
     flat = [d.reshape(-1).tolist() for d in deltas]
     for i, value in enumerate(got.reshape(-1).tolist()):
@@ -95,10 +95,11 @@ def test_mean_is_the_exact_mean(
 def test_the_same_order_gives_the_same_bits() -> None:
     params = {"a": np.zeros(1000, F32)}
     updates = [_update(str(i), i + 1.0, a=RNG.standard_normal(1000)) for i in range(20)]
+    sent = Sent(params)
     weights = Weights({}, 210.0)
-    first, again = (Mean().reduce(iter(updates), params, weights).delta["a"] for _ in range(2))
+    first, again = (Mean().reduce(iter(updates), sent, weights).delta["a"] for _ in range(2))
     assert first.tobytes() == again.tobytes()
-    other = Mean().reduce(updates[::-1], params, weights).delta["a"]
+    other = Mean().reduce(updates[::-1], sent, weights).delta["a"]
     np.testing.assert_allclose(other, first, rtol=1e-6, atol=1e-12)
 
 
@@ -115,7 +116,7 @@ def test_mean_holds_one_update_at_a_time() -> None:
             yield update
             del update
 
-    step = Mean().reduce(updates(), {"a": np.zeros(10, F32)}, Weights({}, 8.0))
+    step = Mean().reduce(updates(), Sent({"a": np.zeros(10, F32)}), Weights({}, 8.0))
     assert step.delta["a"].tolist() == [3.5] * 10
     assert most <= 2
 

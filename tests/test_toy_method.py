@@ -14,7 +14,7 @@ from fedpeft.admission import admit
 from fedpeft.errors import PlanError, WireError
 from fedpeft.spec import build, describe
 from fedpeft.tables import Tables
-from fedpeft.types import Packet, Scalar, Update, Weights
+from fedpeft.types import Packet, Scalar, Sent, Update, Weights
 from fedpeft.wire import pack
 from tests.quadratic import Quadratic, play, quadratic_plan
 from tests.tiny import support_plan
@@ -29,7 +29,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedpeft.spec import bounded, method
-from fedpeft.types import Step, Tensors, Update, Weights
+from fedpeft.types import Sent, Step, Update, Weights
 
 
 @method
@@ -40,14 +40,14 @@ class Median:
 
     refuses: ClassVar[dict[str, str]] = {"masked": "needs each update by itself"}
 
-    def reduce(self, updates: Iterable[Update], params: Tensors, weights: Weights) -> Step:
+    def reduce(self, updates: Iterable[Update], sent: Sent, weights: Weights) -> Step:
         held = list(updates)
         if not held:
-            return Step({k: np.zeros_like(v) for k, v in params.items()})
+            return Step({k: np.zeros_like(v) for k, v in sent.moving.items()})
         return Step({
             k: np.float32(self.scale) * np.median([u.delta[k] for u in held], axis=0)
             .astype(np.float32)
-            for k in params
+            for k in sent.moving
         })
 '''
 
@@ -137,8 +137,8 @@ def test_a_median_from_outside() -> None:
     params = {"a": np.zeros(2, np.float32)}
     said = [[1, 10], [2, 20], [1000, -1000]]
     updates = [Update(str(i), {"a": np.array(v, np.float32)}, 1, 1.0) for i, v in enumerate(said)]
-    assert median.reduce(updates, params, Weights({}, 3)).delta["a"].tolist() == [2.0, 10.0]
-    assert median.reduce([], params, Weights({}, 0)).delta["a"].tolist() == [0.0, 0.0]
+    assert median.reduce(updates, Sent(params), Weights({}, 3)).delta["a"].tolist() == [2.0, 10.0]
+    assert median.reduce([], Sent(params), Weights({}, 0)).delta["a"].tolist() == [0.0, 0.0]
 
 
 def test_its_fields_are_checked_and_spelled_like_any_other() -> None:

@@ -1,4 +1,4 @@
-"""The forward pass of LoRA for K clients at once over one shared, frozen base.
+"""The forward pass of low-rank adapters for K clients at once over one shared, frozen base.
 
 Inputs hold the records of all clients, [K * b, ...]. A hook on each wrapped module adds every
 client's own low-rank product, and a hook on each module of the head replaces its output.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -22,27 +23,48 @@ if TYPE_CHECKING:
     from fedpeft.types import Dropout
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
+Form: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Tensor], str, float], Tensor]
+"""From a module's output and input, the parameters, the module's path and the scale to its output
+with every client's product; memory of the output may be reused."""
 _Call: TypeAlias = "tuple[Mapping[str, Tensor], Dropout | None, tuple[int, int]]"
 
 
-class StackedLora:
-    """Pure function of stacked LoRA and head parameters; see ``fedpeft.types.Attached``.
+def two_factors(
+    output: Tensor, x: Tensor, params: Mapping[str, Tensor], module: str, scale: float
+) -> Tensor:
+    """The ``Form`` of LoRA: ``output + scale * x A^T B^T``."""
+    a, b = params[f"{module}.lora_A.weight"], params[f"{module}.lora_B.weight"]
+    return _added(output, x, a.to(x.dtype), b.to(x.dtype), scale)
 
-    The hooks do nothing but during a call, so that several adapters can share one base.
+
+class StackedLora:
+    """Pure function of stacked factors and head parameters; see ``fedpeft.types.Attached``.
+
+    ``form`` says what is made of the factors; errors begin with the adapter's ``name``. The hooks
+    do nothing but during a call, so that several adapters can share one base.
     """
 
     max_group: int | None = None
 
-    def __init__(self, base: Base, modules: Sequence[str], scale: float, dropout: float) -> None:
+    def __init__(
+        self,
+        base: Base,
+        modules: Sequence[str],
+        scale: float,
+        dropout: float,
+        form: Form = two_factors,
+        name: str = "lora",
+    ) -> None:
         self._model, self._scale, self._dropout = base.model, scale, dropout
+        self._form, self._name = form, name
         self._params: Mapping[str, Tensor] = {}
         self._masks: Dropout | None = None
         self._rows: tuple[int, int] = (0, 0)
         self._layers: list[Any] = []
-        heads = sorted({name.rpartition(".")[0] for name in base.outline.head})
+        heads = sorted({weight.rpartition(".")[0] for weight in base.outline.head})
         for module in heads:
             if not isinstance(base.model.get_submodule(module), nn.Linear):
-                raise ModelError(f"lora: head module {module} is not Linear; use adapter: full")
+                raise ModelError(f"{name}: head module {module} is not Linear; use adapter: full")
         self._handles = [self._hook(m, self._low_rank(m, i)) for i, m in enumerate(modules)]
         self._handles += [self._hook(m, self._replaced(m)) for m in heads]
 
@@ -105,20 +127,14 @@ class StackedLora:
         return self._model.get_submodule(module).register_forward_hook(hook)
 
     def _low_rank(self, module: str, number: int) -> Hook:
-        name_a, name_b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if not self._params:
                 return output
-            a, b = self._params[name_a], self._params[name_b]
-            self._check_rows(module, args[0], a.shape[0])
             x: Tensor = args[0]
+            self._check_rows(module, x, len(next(iter(self._params.values()))))
             if self._masks is not None:
                 x = masked(x, self._masks, self._dropout, number)
-            inner = x.reshape(a.shape[0], -1, x.shape[-1]) @ a.to(x.dtype).transpose(1, 2)
-            own = output.reshape(*inner.shape[:2], -1)
-            factor = b.to(x.dtype).transpose(1, 2)
-            return torch.baddbmm(own, inner, factor, alpha=self._scale).reshape(output.shape)
+            return self._form(output, x, self._params, module, self._scale)
 
         return hook
 
@@ -142,9 +158,52 @@ class StackedLora:
         """Refuse a module that does not see the records one after the other."""
         if clients > 1 and x.shape[0] not in self._rows:
             raise GroupError(
-                f"lora: {module} does not take one row per record, so clients cannot share a pass; "
-                "train them one at a time"
+                f"{self._name}: {module} does not take one row per record, so clients cannot share "
+                "a pass; train them one at a time"
             )
+
+
+def _added(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return ``output + scale * x A^T B^T`` for each client; memory of ``output`` may be reused.
+
+    ``output`` [K * rows, ..., out] and ``x`` [K * rows, ..., in] hold K clients, as do ``a``
+    [K, r, in] and ``b`` [K, out, r].
+    """
+    found: Tensor = _LowRank.apply(output, x, a, b, scale)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _LowRank(torch.autograd.Function):
+    """The sum in place where it can be: autograd's own way copies the base's output each time."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        inner = torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]), a.transpose(1, 2))
+        ctx.scale = scale
+        ctx.save_for_backward(x, a, b, inner)
+        grouped, factor = output.reshape(*inner.shape[:2], -1), b.transpose(1, 2)
+        if output._is_view() or grouped.data_ptr() != output.data_ptr():
+            return torch.baddbmm(grouped, inner, factor, alpha=scale).reshape(output.shape)
+        ctx.mark_dirty(output)
+        grouped.baddbmm_(inner, factor, alpha=scale)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, a, b, inner = ctx.saved_tensors
+        of_output, of_x, of_a, of_b, _ = ctx.needs_input_grad
+        grouped = gradient.reshape(*inner.shape[:2], -1)
+        of_inner = torch.bmm(grouped, b).mul_(ctx.scale)
+        rows = x.reshape(a.shape[0], -1, x.shape[-1])
+        return (
+            gradient if of_output else None,
+            torch.bmm(of_inner, a).reshape(x.shape) if of_x else None,
+            torch.bmm(of_inner.transpose(1, 2), rows) if of_a else None,
+            torch.bmm(grouped.transpose(1, 2), inner).mul_(ctx.scale) if of_b else None,
+            None,
+        )
 
 
 def masked(x: Tensor, dropout: Dropout, rate: float, module: int) -> Tensor:

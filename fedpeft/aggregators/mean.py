@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedpeft.spec import method
-from fedpeft.types import Step, Tensors, Update, Weights
+from fedpeft.types import Sent, Step, Update, Weights
 
 
 @method
@@ -17,10 +17,10 @@ class Mean:
 
     offers: ClassVar[Mapping[str, str]] = {"linear": "a function of the weighted sum alone"}
 
-    def reduce(self, updates: Iterable[Update], params: Tensors, weights: Weights) -> Step:
+    def reduce(self, updates: Iterable[Update], sent: Sent, weights: Weights) -> Step:
         """Add up in the order given."""
-        total = {name: np.zeros(value.shape) for name, value in params.items()}
-        scratch = {value.shape: np.empty(value.shape) for value in params.values()}
+        total = {name: np.zeros(value.shape) for name, value in sent.moving.items()}
+        scratch = {value.shape: np.empty(value.shape) for value in sent.moving.values()}
         for update in updates:
             share = update.weight / weights.denominator
             for name, value in update.delta.items():

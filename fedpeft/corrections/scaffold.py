@@ -28,6 +28,13 @@ class Scaffold(Correction):
         "weight decay and clipping allows: say trainer: plain(optimizer='sgd', lr=...)"
     }
 
+    refuses: ClassVar[Mapping[str, str]] = {
+        "turned": "reads the mean gradient off the update, and what clients do once they have "
+        "trained is no gradient step: set align=0 in lora, scales='fixed' in core",
+        "mixed-ranks": "its control state is a mean over all clients, and of ranks that differ "
+        "each entry has clients of its own: set ranks='' in the adapter",
+    }
+
     remembers: ClassVar[bool] = True
 
     def server_init(self, params: Tensors) -> Tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from fedpeft.types import Tensors
 
 Second = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(v, delta squared) to the new v."""
+OFFERS: Mapping[str, str] = {"entrywise": "remembers every entry and scales it by itself"}
 
 
 def init(params: Tensors, tau: float) -> Tensors:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from fedpeft.spec import bounded, method
@@ -14,6 +16,12 @@ class Sgd:
 
     lr: float = bounded(default=1.0, above=0)
     momentum: float = bounded(default=0.0, low=0, below=1)
+
+    @property
+    def offers(self) -> Mapping[str, str]:
+        """With the defaults the aggregate is added as it is."""
+        plain = self.lr == 1 and not self.momentum
+        return {} if plain else {"entrywise": "scales or remembers every entry"}
 
     def init(self, params: Tensors) -> Tensors:
         """Return a zero velocity where there is momentum."""

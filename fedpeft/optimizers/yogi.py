@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 
 from fedpeft.optimizers import _adaptive
@@ -17,6 +20,8 @@ class Yogi:
     beta1: float = bounded(default=0.9, low=0, below=1)
     beta2: float = bounded(default=0.99, low=0, below=1)
     tau: float = bounded(default=1e-3, above=0)
+
+    offers: ClassVar[Mapping[str, str]] = _adaptive.OFFERS
 
     def init(self, params: Tensors) -> Tensors:
         """Return both moments."""

@@ -1,4 +1,4 @@
-"""The lines that the federated averaging family shares."""
+"""The lines that presets of one family share."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ def local_sgd(lr: float, epochs: int, batch: int, weighting: str = "examples") -
         "aggregator": "mean",
         "optimizer": "sgd",
     }
+
+
+def mixed_ranks(r: int, alpha: float) -> str:
+    """Return an adapter whose clients have a quarter of ``r``, half of it, or all."""
+    return f"lora(r={r}, alpha={alpha!r}, ranks='{r // 4},{r // 2},{r}')"

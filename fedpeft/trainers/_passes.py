@@ -81,15 +81,15 @@ def _put_back(found: Sequence[Stacked], order: Sequence[int], params: Stacked) -
     """Return the gradients of all passes in the clients' own order; zero where there is none."""
     if len(found) == 1 and order == list(range(len(order))) and len(order) == _clients(params):
         return found[0]
-    total: Stacked = {}
-    for name, value in params.items():
-        joined = torch.cat([grads[name] for grads in found])
-        if len(order) == len(value):
-            back = torch.from_numpy(np.argsort(order)).to(value.device)
-            total[name] = joined.index_select(0, back)
-        else:
-            where = torch.tensor(order, device=value.device)
-            total[name] = torch.zeros_like(value).index_copy_(0, where, joined)
+    make = torch.empty_like if len(order) == _clients(params) else torch.zeros_like
+    total = {name: make(value) for name, value in params.items()}
+    start = 0
+    for grads in found:
+        end = start + _clients(grads)
+        where = torch.tensor(order[start:end], device=next(iter(grads.values())).device)
+        for name, value in grads.items():
+            total[name].index_copy_(0, where, value)
+        start = end
     return total
 
 

@@ -27,7 +27,8 @@ class Plain:
     as many as it takes to see ``records`` records. A step takes ``batch`` records, worked off in
     ``accumulate`` equal parts; the last one of a pass may be short. ``schedule`` lowers the rate
     over the whole run from ``lr`` to ``final * lr``. ``clip`` bounds the L2 norm of each client's
-    gradient. Momentum and betas are those of ``torch.optim``.
+    gradient. ``precondition`` multiplies gradients, corrected and clipped, by the matrices that the
+    adapter has for them (LoRA-FA). Momentum and betas are those of ``torch.optim``.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -42,12 +43,20 @@ class Plain:
     clip: float | None = bounded(default=None, above=0)
     momentum: float = bounded(default=0.0, low=0, below=1)
     weight_decay: float = bounded(default=0.0, low=0)
+    precondition: bool = False
 
     @property
     def offers(self) -> Mapping[str, str]:
         """SGD without memory: the update is minus the sum of lr x gradient."""
-        plain = self.optimizer == "sgd" and not (self.momentum or self.weight_decay or self.clip)
+        more = self.momentum or self.weight_decay or self.clip or self.precondition
+        plain = self.optimizer == "sgd" and not more
         return {"plain-sgd": "the update is the sum of the steps"} if plain else {}
+
+    @property
+    def needs(self) -> Mapping[str, str]:
+        """The matrices to precondition with."""
+        reason = "needs an adapter with a fixed factor; use adapter: lora(train='B')"
+        return {"precondition": reason} if self.precondition else {}
 
     def check(self) -> None:
         """Raise ``SpecError`` for fields that contradict each other."""
@@ -82,6 +91,7 @@ class Plain:
             raise ValueError("clients must come in the order of falling budgets")
         leaves = {name: value.clone() for name, value in job.params.items()}
         optimizer = self._optimizer(list(leaves.values()))
+        matrices = job.precondition(job.fixed) if self.precondition else {}
         lr_sums, seen, losses = [0.0] * clients, [0] * clients, np.zeros(clients)
         for step in range(steps[0]):
             active = sum(s > step for s in steps)
@@ -89,6 +99,7 @@ class Plain:
             params = {name: value[:active] for name, value in leaves.items()}
             grads, sums = gradients(job, params, chosen, step, self.accumulate)
             grads = self._clipped(_masked(job.adjust(grads, params), job.masks))
+            grads = {k: g @ matrices[k][:active] if k in matrices else g for k, g in grads.items()}
             rates = [self._rate(job, step / s) for s in steps[:active]]
             optimizer = _narrowed(optimizer, list(params.values()))
             _advance(optimizer, [grads[name] for name in leaves], rates)

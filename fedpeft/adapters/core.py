@@ -1,0 +1,218 @@
+"""Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private)
+Federated LoRA Fine-Tuning (Singhal et al. 2025, arXiv 2502.15436).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.adapters import _frozen, _peft_folder
+from fedpeft.adapters.lora import Lora
+from fedpeft.errors import ModelError, SpecError
+from fedpeft.models._outline import Outline
+from fedpeft.rng import derive
+from fedpeft.spec import bounded, method
+from fedpeft.types import Attached, Roles, Shapes, Stacked, Tensors
+
+if TYPE_CHECKING:
+    from fedpeft.models._base import Base
+
+FILE = "core.safetensors"
+"""Beside PEFT's files: what the product ``B R`` in them no longer tells apart."""
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_CORE, _SCALE = ".lora_core.weight", ".lora_scale.weight"
+_START = {"orthonormal": 0.0, "svd": 1e-5}
+"""Standard deviation of ``R`` before round 0; LoRA-XS has the second."""
+_Array: TypeAlias = NDArray[np.float32]
+
+
+@method
+class Core:
+    """``h = W x + s B R A x``: ``R`` [r, r] trains and travels; ``B`` and ``A`` never do either.
+
+    Both frozen factors follow from the plan on every side, so the mean of ``R`` is exactly the mean
+    of the products. ``init`` says what they are: ``orthonormal`` draws them and ``R`` starts at
+    zero; ``svd`` takes the leading singular vectors of ``W`` and ``R`` starts at N(0, 1e-5^2)
+    (LoRA-XS, arXiv 2405.17604), whose released code also leaves the singular values in ``A``:
+    ``sigma_to="A"``. A decomposition in float64 of every wrapped module takes O(m n min(m, n))
+    operations, once in each process. Fed-SB starts from the gradients of clients' records instead,
+    which are data that an adapter does not see.
+
+    With ``heads`` = h the factors have h r columns and rows, and ``R`` is h blocks [h, r, r], each
+    between its own columns of ``B`` and rows of ``A``. ``scales="trained"`` multiplies every block
+    by a number that starts at one in each round, trains, and is multiplied into what is sent
+    (RAVAN, arXiv 2506.05568). ``scale`` is ``s``. ``targets``, ``dropout`` and ``head`` are those
+    of ``lora``.
+    """
+
+    r: int = bounded(default=16, low=1)
+    heads: int = bounded(default=1, low=1)
+    scale: float = bounded(default=1.0, above=0)
+    targets: str = "attention"
+    dropout: float = bounded(default=0.0, low=0, below=1)
+    init: Literal["orthonormal", "svd"] = "orthonormal"
+    sigma_to: Literal["none", "A"] = "none"
+    scales: Literal["fixed", "trained"] = "fixed"
+    head: Literal["average", "local", "frozen"] = "average"
+
+    max_group: ClassVar[int | None] = None
+
+    def check(self) -> None:
+        """Raise ``SpecError`` for fields that contradict each other."""
+        with _named():
+            self._lora.check()
+        if self.sigma_to != "none" and self.init != "svd":
+            raise SpecError(
+                f"core: sigma_to={self.sigma_to!r} needs singular values: set init='svd' instead "
+                f"of {self.init!r}"
+            )
+
+    @property
+    def offers(self) -> Mapping[str, str]:
+        """What other parts must know."""
+        found = {"one-factor": "R moves between factors that are common to all clients"}
+        if self.scales == "trained":
+            found["turned"] = "clients multiply the scales that they trained into what they send"
+        return found
+
+    @property
+    def _lora(self) -> Lora:
+        """The LoRA of equal function: ``B R`` for its ``B``."""
+        rank = self.heads * self.r
+        return Lora(
+            r=rank,
+            alpha=self.scale * rank,
+            targets=self.targets,
+            dropout=self.dropout,
+            head=self.head,
+        )
+
+    def modules(self, outline: Outline) -> list[str]:
+        """Return the paths of the wrapped modules. Raises ``ModelError`` for an idle target."""
+        with _named():
+            return self._lora.modules(outline)
+
+    def shapes(self, outline: Outline) -> Shapes:
+        """Return the factors, ``R`` and scales of each module, and the head's tensors."""
+        rank, found = self.heads * self.r, dict[str, tuple[int, ...]]()
+        for module in self.modules(outline):
+            out, width = outline.linear[module]
+            if rank > min(out, width):
+                told = f"r={self.r}" + (f" x heads={self.heads}" if self.heads > 1 else "")
+                raise ModelError(f"core: {told} exceeds {module} ({out} x {width})")
+            found[module + _A] = (rank, width)
+            found[module + _CORE] = (*((self.heads,) if self.heads > 1 else ()), self.r, self.r)
+            if self.scales == "trained":
+                found[module + _SCALE] = (self.heads,)
+            found[module + _B] = (out, rank)
+        return {**found, **outline.head}
+
+    def roles(self, shapes: Shapes, round: int) -> Roles:
+        """``R`` travels, scales only train; heads as ``head`` says."""
+        scales = {k for k in shapes if k.endswith(_SCALE)}
+        heads = {k for k in shapes if not k.endswith((_A, _B, _CORE, _SCALE))}
+        own = heads if self.head == "local" else set[str]()
+        up = {k for k in shapes if k.endswith(_CORE)}
+        up |= heads if self.head == "average" else set()
+        shared = frozenset(up)
+        return Roles(train=shared | scales | own, down=shared, up=shared, local=frozenset(own))
+
+    def initial(self, base: Base, shapes: Shapes, seed: int) -> Tensors:
+        """Draw or decompose the factors; a new head is drawn, a trained one kept."""
+        found = dict(self._lora.initial(base, base.outline.head, seed))
+        for module in self.modules(base.outline):
+            a, b = self._factors(base, module, seed)
+            rng = derive(seed, "adapter", module + _CORE)
+            core = rng.normal(0.0, _START[self.init], shapes[module + _CORE])
+            found |= {module + _A: a, module + _B: b, module + _CORE: core.astype(np.float32)}
+            found[module + _SCALE] = np.ones(self.heads, np.float32)
+        return {name: found[name] for name in shapes}
+
+    def attach(self, base: Base) -> Attached:
+        """Hook the products and the head into ``base``."""
+        from fedpeft.adapters._stacked import StackedLora
+        from fedpeft.adapters._stacked_core import three_factors
+
+        modules = self.modules(base.outline)
+        return StackedLora(base, modules, self.scale, self.dropout, three_factors, "core")
+
+    def precondition(self, fixed: Stacked) -> Stacked:
+        """Nothing: orthonormal factors leave nothing to undo."""
+        return {}
+
+    def after_fit(self, trained: Tensors, received: Tensors, round: int) -> Tensors:
+        """Multiply the scales into ``R``."""
+        return _folded(trained)
+
+    def export(self, base: Base, tensors: Tensors, folder: Path) -> None:
+        """Write PEFT's folder of a LoRA of rank h r, and a file with what it does not tell."""
+        from safetensors.numpy import save
+
+        folded = _folded(tensors)
+        own = {k: v for k, v in folded.items() if k.endswith((_B, _CORE, _SCALE))}
+        plain = {k: v for k, v in folded.items() if not k.endswith((_CORE, _SCALE))}
+        self._lora.export(base, {**plain, **_products(own)}, folder)
+        (folder / FILE).write_bytes(save(own))
+
+    def restore(self, folder: Path, shapes: Shapes) -> Tensors:
+        """Read such a folder.
+
+        Raises ``ModelError`` for a LoRA that is none of ours: its ``B`` is no ``B R``.
+        """
+        plain = {k: s for k, s in shapes.items() if not k.endswith((_CORE, _SCALE))}
+        held = self._lora.restore(folder, plain)
+        if not (folder / FILE).is_file():
+            raise ModelError(
+                f"{folder}: no {FILE}, so its factors are not those of a core; give a folder that "
+                "adapter core exported, or make the adapter line lora(...)"
+            )
+        own = {k: s for k, s in shapes.items() if k.endswith((_B, _CORE, _SCALE))}
+        found = _peft_folder.read(folder, own, FILE)
+        for name, product in _products(found).items():
+            if np.abs(product - held[name]).max() > 1e-5 * np.abs(product).max():
+                raise ModelError(
+                    f"{folder}: {name} is not the product of the factors in {FILE}; "
+                    "one of the files was changed"
+                )
+        return {name: {**held, **found}[name] for name in shapes}
+
+    def _factors(self, base: Base, module: str, seed: int) -> tuple[_Array, _Array]:
+        """Return ``A`` and ``B`` of a module."""
+        rank, (out, width) = self.heads * self.r, base.outline.linear[module]
+        if self.init == "svd":
+            b, a = _frozen.singular(_frozen.weight(base, module), rank, self.sigma_to == "A")
+            return a, b
+        a = _frozen.orthonormal(derive(seed, "adapter", module + _A), width, rank).T
+        return np.ascontiguousarray(a), _frozen.orthonormal(
+            derive(seed, "adapter", module + _B), out, rank
+        )
+
+
+def _folded(tensors: Tensors) -> Tensors:
+    """Return the same function with all scales at one."""
+    found = dict(tensors)
+    for name in [k for k in tensors if k.endswith(_SCALE)]:
+        core = name.removesuffix(_SCALE) + _CORE
+        found[core] = _frozen.scaled(tensors[core], tensors[name])
+        found[name] = np.ones_like(tensors[name])
+    return found
+
+
+def _products(own: Tensors) -> Tensors:
+    """Return ``B R`` of every module by the name of its ``B``."""
+    return {k: _frozen.left(v, own[k.removesuffix(_B) + _CORE]) for k, v in own.items() if _B in k}
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Put this adapter's name before what ``lora`` finds wrong."""
+    try:
+        yield
+    except (ModelError, SpecError) as error:
+        raise type(error)("core" + str(error).removeprefix("lora")) from None

@@ -1,0 +1,99 @@
+"""What the aggregators share that look at products ``B_k A_k`` and not at factors one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft import lowrank
+from fedpeft.lowrank import Product
+from fedpeft.types import Sent, Step, Tensors, Update, Weights
+
+Parts: TypeAlias = Sequence[tuple[float, Product]]
+"""Shares and products of one module: those of the clients, and that of whoever did not reply."""
+_NOTHING = 1e-9
+"""Share of the missing below which it is rounding."""
+
+BOTH = (
+    "replaces both factors, so clients must be sent both; "
+    "use adapter: lora(train='A,B') or lora(train='B', send='both')"
+)
+REPLACES = (
+    "the factors are made anew in each round, so steps of their entries have no meaning; "
+    "use optimizer: sgd with its defaults"
+)
+
+
+def refactored(
+    updates: Iterable[Update],
+    sent: Sent,
+    weights: Weights,
+    solve: Callable[[Parts, int], Product],
+    by_rank: bool = False,
+) -> Step:
+    """Replace each module's factors by ``solve`` of its products and rank; else a weighted mean.
+
+    A client's product is that of the factors it has, whatever their rank. One that did not reply
+    counts as the product that was sent, all of it: shares are the weights over the denominator, and
+    what they lack of 1 is its share. ``by_rank`` divides each rank by the weight of those who have
+    it, see :func:`_balanced`. Without any reply, or while all products are zero, a module keeps its
+    factors.
+    """
+    received = {**sent.still, **sent.moving}
+    modules = lowrank.modules(received)
+    paired = {name for module in modules for name in lowrank.factors(module)}
+    held: dict[str, list[tuple[float, Product]]] = {module: [] for module in modules}
+    rest = {k: np.zeros(v.shape) for k, v in sent.moving.items() if k not in paired}
+    for update in updates:
+        share, own = update.weight / weights.denominator, received
+        if update.sent is not None:
+            own = {**update.sent.still, **update.sent.moving}
+        for module in modules:
+            held[module].append((share, trained(update.delta, own, module)))
+        for name, value in rest.items():
+            value += share * update.delta[name].astype(np.float64)
+    replaced: dict[str, np.ndarray] = {}
+    for module in modules:
+        parts, before = held.pop(module), lowrank.product(received, module)
+        missing = 1 - sum(share for share, _ in parts)
+        clients = len(parts)
+        if by_rank and clients:
+            parts = _balanced(parts, before)
+        if abs(missing) > _NOTHING:
+            parts.append((missing, before))
+        moved = clients and any(part.b.any() and part.a.any() for _, part in parts)
+        replaced |= lowrank.named(module, solve(parts, before.rank) if moved else before)
+    return Step({name: value.astype(np.float32) for name, value in rest.items()}, replaced)
+
+
+def trained(delta: Tensors, received: Tensors, module: str) -> Product:
+    """Return a client's product after training, float32; a factor that did not travel is ours.
+
+    ``received`` is what that client was sent, which may be less than ``delta`` has room for.
+    """
+    own = dict[str, NDArray[np.floating]]()
+    for name in lowrank.factors(module):
+        own[name] = value = received[name]
+        if name in delta:
+            own[name] = value + delta[name][tuple(map(slice, value.shape))]
+    return lowrank.product(own, module)
+
+
+def _balanced(parts: Parts, before: Product) -> list[tuple[float, Product]]:
+    """Divide each rank by the share of those who have it in all who replied.
+
+    Row j of ``A`` and column j of ``B`` then weigh as much as the first ones; what nobody has stays
+    as it was sent. A sum of products whose ranks differ lacks them as if they were zero.
+    """
+    shares = np.zeros(before.rank)
+    for share, part in parts:
+        shares[: part.rank] += share
+    total = float(shares[0])
+    factors = np.where(shares > 0, total / np.where(shares > 0, shares, 1), 0)
+    found = [(share, Product(p.b, p.a * factors[: p.rank, None])) for share, p in parts]
+    if (nobodys := shares <= 0).any():
+        found.append((total, Product(before.b[:, nobodys], before.a[nobodys])))
+    return found

@@ -1,0 +1,147 @@
+"""Algebra of low-rank products ``B A``, which are never multiplied out while that costs more.
+
+A sum of K products of rank r is one product of rank R = K r: the ``B`` side by side, the ``A`` on
+top of each other. Norms, inner products and the singular value decomposition of an [m, n] product
+then take O((m + n) R^2 + R^3) operations instead of O(m n min(m, n)). All in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.types import Shapes, Tensors
+
+Matrix: TypeAlias = NDArray[np.float64]
+SigmaTo: TypeAlias = Literal["B", "A", "split"]
+"""Which factor gets the singular values: the same product, but other gradients afterwards."""
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """``b @ a`` with ``b`` [m, R] and ``a`` [R, n]."""
+
+    b: NDArray[np.floating]
+    a: NDArray[np.floating]
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension R, which the rank of the product does not exceed."""
+        return int(self.a.shape[0])
+
+    def dense(self) -> Matrix:
+        """Return the product itself [m, n]."""
+        found: Matrix = np.asarray(self.b, np.float64) @ np.asarray(self.a, np.float64)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Svd:
+    """``(u * s) @ vt``: ``u`` [m, k] and ``vt`` [k, n] orthonormal, ``s`` [k] falling."""
+
+    u: Matrix
+    s: Matrix
+    vt: Matrix
+
+
+def modules(names: Iterable[str] | Shapes) -> list[str]:
+    """Return the modules whose ``lora_A`` and ``lora_B`` are both among ``names``, sorted."""
+    held = {*names}
+    return sorted(
+        name.removesuffix(_A)
+        for name in held
+        if name.endswith(_A) and name.removesuffix(_A) + _B in held
+    )
+
+
+def is_factor(name: str) -> bool:
+    """Tell whether a tensor is a factor of some product, and not of a head."""
+    return ".lora_" in name
+
+
+def factors(module: str) -> tuple[str, str]:
+    """Return the names of the module's ``A`` and ``B``."""
+    return module + _A, module + _B
+
+
+def product(tensors: Tensors, module: str) -> Product:
+    """Return the product of a module."""
+    a, b = factors(module)
+    return Product(tensors[b], tensors[a])
+
+
+def named(module: str, value: Product) -> Tensors:
+    """Return the two factors as named float32 arrays."""
+    a, b = factors(module)
+    return {a: np.asarray(value.a, np.float32), b: np.asarray(value.b, np.float32)}
+
+
+def total(parts: Sequence[tuple[float, Product]]) -> Product:
+    """Return the weighted sum of products as one, the weights on ``A``."""
+    rank = sum(part.rank for _, part in parts)
+    rows, columns = parts[0][1].b.shape[0], parts[0][1].a.shape[1]
+    b, a, start = np.empty((rows, rank)), np.empty((rank, columns)), 0
+    for weight, part in parts:
+        end = start + part.rank
+        b[:, start:end] = part.b
+        np.multiply(part.a, weight, out=a[start:end], casting="unsafe")
+        start = end
+    return Product(b, a)
+
+
+def inner(x: Product, y: Product) -> float:
+    """Return the inner product ``<x, y>`` of two [m, n] products, by their Gram matrices."""
+    left = np.asarray(x.b, np.float64).T @ np.asarray(y.b, np.float64)
+    right = np.asarray(x.a, np.float64) @ np.asarray(y.a, np.float64).T
+    return float(np.sum(left * right))
+
+
+def norm(x: Product) -> float:
+    """Return the Frobenius norm.
+
+    By QR: a Gram matrix would lose half of the digits where terms cancel.
+    """
+    if x.rank >= min(x.b.shape[0], x.a.shape[1]):
+        return float(np.linalg.norm(x.dense()))
+    upper_b = np.asarray(np.linalg.qr(np.asarray(x.b, np.float64), mode="r"))
+    upper_a = np.asarray(np.linalg.qr(np.asarray(x.a, np.float64).T, mode="r"))
+    return float(np.linalg.norm(upper_b @ upper_a.T))
+
+
+def svd(x: Product, rank: int | None = None) -> Svd:
+    """Return the singular value decomposition: ``min(m, n, R)`` values, or the ``rank`` largest.
+
+    QR of both factors, then a decomposition [R, R]; the product itself only where R is not below
+    ``min(m, n)``. The largest entry of each left vector is positive, so that equal products give
+    equal factors.
+    """
+    if x.rank >= min(x.b.shape[0], x.a.shape[1]):
+        u, s, vt = np.linalg.svd(x.dense(), full_matrices=False)
+        u, s, vt = u[:, :rank], s[:rank], vt[:rank]
+    else:
+        basis_b, upper_b = np.linalg.qr(np.asarray(x.b, np.float64))
+        basis_a, upper_a = np.linalg.qr(np.asarray(x.a, np.float64).T)
+        small_u, s, small_vt = np.linalg.svd(upper_b @ upper_a.T)
+        u, s, vt = basis_b @ small_u[:, :rank], s[:rank], small_vt[:rank] @ basis_a.T
+    signs = np.sign(u[np.argmax(np.abs(u), axis=0), np.arange(u.shape[1])])
+    signs[signs == 0] = 1.0
+    return Svd(u * signs, s, vt * signs[:, None])
+
+
+def cut(found: Svd, rank: int, sigma_to: SigmaTo = "B") -> Product:
+    """Return the best product of ``rank`` (Eckart and Young 1936), filled up with zeros."""
+    kept = min(rank, len(found.s))
+    values = found.s[:kept]
+    left = {"B": values, "A": np.ones(kept), "split": np.sqrt(values)}[sigma_to]
+    right = {"B": np.ones(kept), "A": values, "split": np.sqrt(values)}[sigma_to]
+    b = np.zeros((found.u.shape[0], rank))
+    a = np.zeros((rank, found.vt.shape[1]))
+    b[:, :kept] = found.u[:, :kept] * left
+    a[:kept] = right[:, None] * found.vt[:kept]
+    return Product(b, a)
