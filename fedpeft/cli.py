@@ -193,15 +193,21 @@ def export(
 @app.command()
 def parts(
     family: Annotated[str | None, typer.Argument(help="a family, such as aggregators")] = None,
+    name: Annotated[str | None, typer.Argument(help="one of its methods")] = None,
 ) -> None:
-    """List the methods a plan can name."""
-    from fedpeft.plan import PARTS
-    from fedpeft.spec import names
+    """List the methods a plan can name; those of one FAMILY with their papers; all about one."""
+    from fedpeft import catalogue
 
-    families = dict.fromkeys([*PARTS.values(), "presets", "models", "engine"])
-    for name in [family] if family else families:
-        listed = ", ".join(n for n in names(name) if n != "chain")
-        typer.echo(f"{name}: {listed}")
+    if family is None:
+        for each in catalogue.families():
+            typer.echo(f"{each}: {', '.join(catalogue.listed(each))}")
+    elif name is None:
+        found = list(catalogue.summaries(family))
+        width = max((len(each) for each, _ in found), default=0)
+        for each, line in found:
+            typer.echo(f"{each:{width}}  {line}")
+    else:
+        typer.echo(catalogue.about(family, name))
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def build(family: str, spec: str) -> Any:
         return made[0]
     if "chain" not in names(family):
         raise SpecError(f"cannot read {spec[:200]!r}: {family} are not chained with |")
-    return _find(family, "chain")(stages=tuple(made))
+    return find(family, "chain")(stages=tuple(made))
 
 
 def describe(part: Any, *, full: bool = False) -> str:
@@ -182,7 +182,7 @@ def _make(family: str, outside: str, node: ast.expr) -> Any:
     if not isinstance(call.func, ast.Name):
         raise SpecError(f"write name(field=value, ...), not {_text(node)!r}")
     name = call.func.id
-    cls = _find(family, name, outside)
+    cls = find(family, name, outside)
     known = [f.name for f in fields(cls) if f.init]
     if call.args:
         raise SpecError(f"{name}: name every value, as in {name}({(known or ['field'])[0]}=...)")
@@ -230,7 +230,11 @@ def _text(node: ast.expr) -> str:
         return "a deep nest"
 
 
-def _find(family: str, name: str, outside: str = "") -> Any:
+def find(family: str, name: str, outside: str = "") -> Any:
+    """Return the class of a method; ``outside`` is the module of one from elsewhere.
+
+    Raises ``SpecError`` where there is none.
+    """
     module = outside or f"fedpeft.{family}.{name}"
     if outside and "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a console script does not look in the working folder

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from fedpeft import cli
+from fedpeft.catalogue import families
 from fedpeft.errors import PlanError
 from tests.tiny import support_lines
 
@@ -252,6 +253,17 @@ def test_grid_writes_a_csv(fedpeft: Run, plan: Path, tmp_path: Path) -> None:
 def test_parts_lists_methods(fedpeft: Run) -> None:
     assert "optimizers: adagrad, adam, sgd, yogi" in fedpeft("parts")[1]
     assert "there is no family 'optimiser'" in fedpeft("parts", "optimiser")[2]
+
+
+def test_parts_of_a_family_and_all_about_one(fedpeft: Run) -> None:
+    listed = fedpeft("parts", "aggregators")[1]
+    assert "flexlora     FlexLoRA: " in listed
+    assert "2402.11505" in listed
+    told = fedpeft("parts", "aggregators", "flexlora")[1]
+    assert told.startswith("flexlora(sigma_to='B', rank_normalise=False)")
+    assert "cut to the adapter's rank" in told
+    assert "did you mean 'flexlora'" in fedpeft("parts", "aggregators", "flexlra")[2]
+    assert all(fedpeft("parts", family)[0] == 0 for family in families())
 
 
 def test_cuda_where_there_is_none(fedpeft: Run, plan: Path, tmp_path: Path) -> None:

@@ -169,23 +169,25 @@ def _added(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Ten
     ``output`` [K * rows, ..., out] and ``x`` [K * rows, ..., in] hold K clients, as do ``a``
     [K, r, in] and ``b`` [K, out, r].
     """
+    # In place on a view (of a Linear with a bias, a Conv1D), autograd would copy it after all.
+    if output._is_view() or not output.is_contiguous():
+        inner = torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]), a.transpose(1, 2))
+        grouped, factor = output.reshape(*inner.shape[:2], -1), b.transpose(1, 2)
+        return torch.baddbmm(grouped, inner, factor, alpha=scale).reshape(output.shape)
     found: Tensor = _LowRank.apply(output, x, a, b, scale)  # type: ignore[no-untyped-call]
     return found
 
 
 class _LowRank(torch.autograd.Function):
-    """The sum in place where it can be: autograd's own way copies the base's output each time."""
+    """The sum in place: autograd's own way copies the base's output each time."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         inner = torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]), a.transpose(1, 2))
         ctx.scale = scale
         ctx.save_for_backward(x, a, b, inner)
-        grouped, factor = output.reshape(*inner.shape[:2], -1), b.transpose(1, 2)
-        if output._is_view() or grouped.data_ptr() != output.data_ptr():
-            return torch.baddbmm(grouped, inner, factor, alpha=scale).reshape(output.shape)
         ctx.mark_dirty(output)
-        grouped.baddbmm_(inner, factor, alpha=scale)
+        output.view(*inner.shape[:2], -1).baddbmm_(inner, b.transpose(1, 2), alpha=scale)
         return output
 
     @staticmethod

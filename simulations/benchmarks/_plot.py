@@ -25,10 +25,11 @@ def draw(entries: Mapping[str, Entry], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     panels = ((left, groups, "clients per pass (group)"), (right, workers, "workers"))
     for axes, lines, label in panels:
-        for name, points in lines.items():
+        curved = {name: points for name, points in lines.items() if len(points) > 1}
+        for name, points in (curved or lines).items():
             at = sorted(points)
             axes.plot(at, [points[x] for x in at], marker="o", markersize=3, label=name)
-        ticks = sorted({x for points in lines.values() for x in points})
+        ticks = sorted({x for points in (curved or lines).values() for x in points})
         axes.set(xlabel=label, ylabel="clients per second", yscale="log")
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(x) for x in ticks], minor=False)
