@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +40,23 @@ class _Traffic:
     def __init__(self, plan: Plan, tables: Tables) -> None:
         self._plan, self._tables = plan, tables
         self._found: dict[Tables, tuple[Size, Size]] = {}
+        kinds: dict[tuple[frozenset[str], frozenset[str]], list[int]] = {}
+        for round in range(plan.rounds):
+            roles = tables.roles(round)
+            kinds.setdefault((roles.down, roles.up), []).append(round)
+        self._rounds = [(rounds[0], len(rounds)) for rounds in kinds.values()]
 
     def of(self, client: str) -> tuple[Size, Size]:
-        """Return the sizes down and up."""
+        """Return the sizes down and up, the mean over rounds where they differ."""
         own = self._tables.of(client)
         if own not in self._found:
-            self._found[own] = _down(self._plan, own), _up(self._plan, own)
+            self._found[own] = self._mean(_down, own), self._mean(_up, own)
         return self._found[own]
+
+    def _mean(self, measure: Callable[[Plan, Tables, int], Size], own: Tables) -> Size:
+        found = [(measure(self._plan, own, round), often) for round, often in self._rounds]
+        total = sum(often * size.bytes for size, often in found)
+        return Size(round(total / self._plan.rounds), all(size.exact for size, _ in found))
 
 
 def preview(plan: Plan) -> dict[str, Any]:
@@ -107,8 +117,8 @@ def _evaluated(plan: Plan, federation: Federation) -> Sequence[str]:
     return [*evaluated_clients(plan, list(federation.train))] * often
 
 
-def _down(plan: Plan, tables: Tables) -> Size:
-    expected = tables.down(0)
+def _down(plan: Plan, tables: Tables, round: int) -> Size:
+    expected = tables.down(round)
     state = start(plan, tables, _filled(tables.shapes, 0))
     told = header(state, _RUN, "")
 
@@ -121,11 +131,11 @@ def _down(plan: Plan, tables: Tables) -> Size:
     return _measured(packed)
 
 
-def _up(plan: Plan, tables: Tables) -> Size:
-    expected = tables.up(0)
+def _up(plan: Plan, tables: Tables, round: int) -> Size:
+    expected = tables.up(round)
     told: dict[str, Scalar] = {
         "run": _RUN,
-        "round": 0,
+        "round": round,
         "steps": 10,
         "lr_sum": 0.01,
         "seen": 100,

@@ -118,10 +118,13 @@ def test_the_best_round_is_what_is_exported_and_reported(bert: Path, tmp_path: P
     )
 
 
-def test_the_preview_is_what_the_run_sends(bert: Path) -> None:
+@pytest.mark.parametrize(
+    "adapter", ["lora(r=4)", "lora(r=4, targets='intermediate.dense', train='B/A')"]
+)
+def test_the_preview_is_what_the_run_sends(bert: Path, adapter: str) -> None:
     from fedpeft.preview import preview
 
-    plan = support_plan(bert, rounds=3, eval_every=2, correction="none", uplink="half")
+    plan = support_plan(bert, rounds=3, eval_every=2, adapter=adapter, uplink="half")
     told, table = preview(plan)["bytes"], simulate(plan).table
     messages = 3 * 4
     assert abs(told["up_total"] - table["up_bytes"]) <= 40 * messages
