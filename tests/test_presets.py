@@ -46,8 +46,12 @@ def test_lines_are_specs_of_a_plan(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_explicit_lines_win(name: str) -> None:
-    plan = _plan(name, weighting="uniform(denominator='expected')", uplink="half")
+    replaces = "entrywise" in getattr(_plan(name).aggregator, "refuses", {})
+    optimizer = "sgd" if replaces else "sgd(lr=0.25)"  # steps of entries that are made anew
+    lines = {"weighting": "uniform(denominator='expected')", "optimizer": optimizer}
+    plan = _plan(name, **lines, uplink="half")
     assert describe(plan.weighting) == "uniform(denominator='expected')"
+    assert describe(plan.optimizer) == optimizer
     assert describe(plan.uplink) == "half"
     assert describe(plan.correction) == describe(_plan(name).correction)
 
