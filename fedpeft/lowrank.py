@@ -95,13 +95,6 @@ def total(parts: Sequence[tuple[float, Product]]) -> Product:
     return Product(b, a)
 
 
-def inner(x: Product, y: Product) -> float:
-    """Return the inner product ``<x, y>`` of two [m, n] products, by their Gram matrices."""
-    left = np.asarray(x.b, np.float64).T @ np.asarray(y.b, np.float64)
-    right = np.asarray(x.a, np.float64) @ np.asarray(y.a, np.float64).T
-    return float(np.sum(left * right))
-
-
 def norm(x: Product) -> float:
     """Return the Frobenius norm.
 

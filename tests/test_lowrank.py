@@ -30,18 +30,15 @@ def _dense(parts: list[tuple[float, Product]]) -> Any:
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 2**32 - 1), SHAPES)
-def test_sums_norms_and_inner_products(seed: int, shape: tuple[int, int, int, int]) -> None:
-    parts, others = _products(seed, *shape), _products(seed + 1, *shape)
-    x, y = lowrank.total(parts), lowrank.total(others)
+def test_sums_and_norms(seed: int, shape: tuple[int, int, int, int]) -> None:
+    parts = _products(seed, *shape)
+    x = lowrank.total(parts)
     assert x.rank == shape[2] * shape[3]
     size = float(np.linalg.norm(x.b) * np.linalg.norm(x.a)) + 1e-300
     assert np.allclose(x.dense(), _dense(parts), rtol=0, atol=1e-13 * size)
     assert lowrank.norm(x) == pytest.approx(
         np.linalg.norm(_dense(parts)), rel=1e-12, abs=1e-13 * size
     )
-    expected = float(np.sum(_dense(parts) * _dense(others)))
-    scale = size * float(np.linalg.norm(y.b) * np.linalg.norm(y.a))
-    assert lowrank.inner(x, y) == pytest.approx(expected, rel=1e-12, abs=1e-13 * scale)
 
 
 @settings(max_examples=80, deadline=None)
