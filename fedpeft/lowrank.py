@@ -1,7 +1,7 @@
 """Algebra of low-rank products ``B A``, which are never multiplied out while that costs more.
 
 A sum of K products of rank r is one product of rank R = K r: the ``B`` side by side, the ``A`` on
-top of each other. Norms, inner products and the singular value decomposition of an [m, n] product
+top of each other. Norms and the singular value decomposition of an [m, n] product
 then take O((m + n) R^2 + R^3) operations instead of O(m n min(m, n)). All in float64.
 """
 
