@@ -20,6 +20,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 import fedpeft
+from fedpeft.client_rounds import Asked, client_round
 from fedpeft.errors import RunError, WireError
 from fedpeft.evaluation import group_evaluation
 from fedpeft.federation import Federation, deal
@@ -36,7 +37,6 @@ from fedpeft.flower import (
 from fedpeft.flower_config import Settings, home, read_config
 from fedpeft.memory import Memory, OnDisk
 from fedpeft.plan import Plan
-from fedpeft.rounds import Asked, client_round
 from fedpeft.site import Site
 from fedpeft.types import Scalar
 from fedpeft.wire import peek

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.client_rounds import ALONE
 from fedpeft.evaluation import evaluated_clients, summarise
 from fedpeft.grouping import Grouping
 from fedpeft.plan import Plan
 from fedpeft.rng import derive_seed
-from fedpeft.rounds import ALONE
 from fedpeft.site import Site
 from fedpeft.tensors import owned, padded
 from fedpeft.types import Example, Job, Metrics, Tensors

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedpeft.client_rounds import ALONE, Asked, Client, receive
 from fedpeft.grouping import Grouping
 from fedpeft.plan import Plan
 from fedpeft.rng import derive
-from fedpeft.rounds import ALONE, Asked, Client, receive
 from fedpeft.tensors import padded
 from fedpeft.types import Example, Metrics
 

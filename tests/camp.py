@@ -11,21 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from fedpeft.client_rounds import ALONE, Asked, Played, group_round
 from fedpeft.grouping import Grouping
 from fedpeft.learner import ModelLearner
 from fedpeft.memory import Memory
 from fedpeft.models._base import Base
 from fedpeft.plan import Plan
-from fedpeft.rounds import (
-    ALONE,
-    Asked,
-    Played,
-    ServerState,
-    group_round,
-    messages,
-    server_round,
-    start,
-)
+from fedpeft.rounds import ServerState, messages, server_round, start
 from fedpeft.spec import build
 from fedpeft.tables import Tables
 from fedpeft.types import Example, Fit, Job, Stacked, Tensors, Trainer, Weights

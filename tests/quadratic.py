@@ -10,17 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedpeft.client_rounds import client_round
 from fedpeft.memory import InProcess
 from fedpeft.plan import Plan
 from fedpeft.rng import derive
-from fedpeft.rounds import (
-    ServerState,
-    broadcast,
-    client_round,
-    header,
-    server_round,
-    start,
-)
+from fedpeft.rounds import ServerState, broadcast, header, server_round, start
 from fedpeft.tables import Tables
 from fedpeft.types import Batch, Example, Metrics, Stacked, Tensors
 

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from fedpeft import lowrank, simulate
 from fedpeft.adapters._align import aligned, rotation, softened
 from fedpeft.adapters.lora import Lora
+from fedpeft.client_rounds import client_round
 from fedpeft.errors import PlanError, SpecError
 from fedpeft.lowrank import Product
 from fedpeft.memory import Memory
 from fedpeft.plan import Plan
-from fedpeft.rounds import ServerState, broadcast, client_round, header, start
+from fedpeft.rounds import ServerState, broadcast, header, start
 from fedpeft.spec import build, method
 from fedpeft.tables import Tables
 from fedpeft.types import Correction, Fit, Job, Local, Tensors

@@ -18,6 +18,7 @@ import torch
 
 from fedpeft.adapters import _stacked
 from fedpeft.adapters.lora import Lora
+from fedpeft.client_rounds import ALONE
 from fedpeft.driver import Quiet, simulate
 from fedpeft.engine._base import Stage
 from fedpeft.engine._player import Player
@@ -27,7 +28,6 @@ from fedpeft.federation import deal
 from fedpeft.grouping import Grouping
 from fedpeft.memory import InProcess, Memory
 from fedpeft.models._base import Base
-from fedpeft.rounds import ALONE
 from fedpeft.site import Site
 from fedpeft.spec import build, names
 from fedpeft.tables import limit

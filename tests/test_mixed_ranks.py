@@ -14,11 +14,12 @@ import torch
 from fedpeft import Plan, simulate
 from fedpeft.adapters._ranks import parse
 from fedpeft.admission import admit
+from fedpeft.client_rounds import ALONE, client_round
 from fedpeft.driver import Line, Quiet
 from fedpeft.errors import PlanError, SpecError, WireError
 from fedpeft.learner import ModelLearner
 from fedpeft.preview import as_text, preview
-from fedpeft.rounds import ALONE, client_round, messages, server_round, start
+from fedpeft.rounds import messages, server_round, start
 from fedpeft.site import Site
 from fedpeft.spec import build, method
 from fedpeft.tables import Tables

@@ -8,13 +8,13 @@ from functools import partial
 from itertools import islice
 from typing import TypeVar
 
+from fedpeft.client_rounds import Asked, group_round
 from fedpeft.engine._allocator import keep_freed_memory
 from fedpeft.errors import FedPeftError, GroupError, TrainError
 from fedpeft.evaluation import group_evaluation
 from fedpeft.grouping import Grouping
 from fedpeft.memory import MemoryStore
 from fedpeft.out_of_memory import is_out_of_memory, release
-from fedpeft.rounds import Asked, group_round
 from fedpeft.site import Site
 from fedpeft.tensors import size
 from fedpeft.types import Metrics

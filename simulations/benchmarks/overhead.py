@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from fedpeft.client_rounds import client_round
 from fedpeft.memory import Memory
 from fedpeft.plan import Plan
-from fedpeft.rounds import broadcast, client_round, header, server_round, start
+from fedpeft.rounds import broadcast, header, server_round, start
 from fedpeft.spec import method
 from fedpeft.tables import Tables
 from fedpeft.types import Example, Fit, Job, Learner, Shapes, Tensors, Trainer

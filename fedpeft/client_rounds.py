@@ -1,0 +1,223 @@
+"""The round at a client, as functions of packets and memory: decode, train, subtract, encode.
+
+Clients of one process play it together, in groups that share passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.errors import FedPeftError, PlanError, TrainError, WireError
+from fedpeft.grouping import Grouping
+from fedpeft.memory import Memory
+from fedpeft.plan import Plan
+from fedpeft.rng import derive, derive_seed
+from fedpeft.tables import Tables
+from fedpeft.tensors import narrowed, owned, padded, prefixed, select, shapes_of
+from fedpeft.types import Example, Fit, Job, Learner, Local, Scalar, Shapes, Tensors
+from fedpeft.wire import Message, body, peek
+
+if TYPE_CHECKING:
+    import torch
+
+ALONE = Grouping()
+"""Every client by itself."""
+
+
+class Client(Protocol):
+    """What a client's round needs of the process it runs in (``site.Site`` has it)."""
+
+    @property
+    def learner(self) -> Learner:
+        """The model as pure functions."""
+        ...
+
+    @property
+    def tables(self) -> Tables:
+        """What is expected on the wire."""
+        ...
+
+    @property
+    def initial(self) -> Tensors:
+        """The adapter before round 0."""
+        ...
+
+    def train(self, client: str) -> Sequence[Example]:
+        """The client's tokenised training records."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A broadcast as a client holds it; ``tensors`` is all it has, ``kept`` its memory."""
+
+    told: Mapping[str, Scalar]
+    round: int
+    acknowledged: int
+    tensors: Tensors
+    extras: Tensors
+    kept: Tensors
+
+
+def receive(
+    plan: Plan, site: Client, client: str, message: Message | bytes, memory: Memory
+) -> Received:
+    """Decode a broadcast. Raises ``WireError`` for a message that is none."""
+    told = peek(message)
+    try:
+        round, acknowledged = int(told["round"]), int(told["ack"])
+    except (KeyError, ValueError):
+        raise WireError("message is no broadcast: its header lacks round and ack") from None
+    if not 0 <= round < plan.rounds + 1:
+        raise WireError(f"message is of round {round}, the plan has {plan.rounds}")
+    tables = site.tables.of(client)
+    came = tables.decode(message, round)
+    kept = memory.at(acknowledged, client) if site.tables.remembers else {}
+    tensors = {**tables.part(site.initial), **select(kept, "local"), **came.adapter}
+    return Received(told, round, acknowledged, tensors, came.control, select(kept, "correction"))
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A client of this process, what came for it, and what it remembers."""
+
+    client: str
+    message: Message | bytes
+    memory: Memory
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What a client's round leaves: a reply, or why there is none, and what it remembers then."""
+
+    client: str
+    reply: Message | FedPeftError
+    memory: Memory
+
+
+def client_round(
+    plan: Plan, site: Client, client: str, message: Message | bytes, memory: Memory
+) -> tuple[Message, Memory]:
+    """Decode, train, subtract, encode.
+
+    Raises ``WireError`` for a message that is no broadcast, ``TrainError`` where training fails.
+    """
+    (played,) = group_round(plan, site, [Asked(client, message, memory)])
+    if isinstance(played.reply, FedPeftError):
+        raise played.reply
+    return played.reply, played.memory
+
+
+def group_round(
+    plan: Plan,
+    site: Client,
+    asked: Sequence[Asked],
+    grouping: Grouping = ALONE,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> list[Played]:
+    """Play one round of several clients, who share passes as ``grouping`` allows.
+
+    Nothing is changed before the end, so it can be repeated. A client whose training does not stay
+    finite has no reply. Raises ``WireError`` for messages that are no broadcasts of one round.
+    """
+    from fedpeft.stacking import unstack
+
+    received = [receive(plan, site, a.client, a.message, a.memory) for a in asked]
+    if len({got.round for got in received}) > 1:
+        raise WireError("messages are of different rounds")
+    budgets = [plan.trainer.budget(len(site.train(a.client)))[0] for a in asked]
+    order = sorted(range(len(asked)), key=lambda k: -budgets[k])
+    job = _job(plan, site, [asked[k].client for k in order], [received[k] for k in order])
+    job = replace(job, grouping=grouping, on_step=on_step)
+    fit = plan.trainer.fit(job)
+    if any(value._version for value in job.params.values()):
+        raise PlanError("trainer: changed the parameters it was given in place; it must copy them")
+    played: dict[int, Played] = {}
+    for at, (k, trained) in enumerate(zip(order, unstack(fit.params), strict=True)):
+        own = narrowed(trained, shapes_of(received[k].tensors))
+        played[k] = _finish(plan, site, asked[k], received[k], own, fit, at)
+    return [played[k] for k in range(len(asked))]
+
+
+def _job(plan: Plan, site: Client, clients: Sequence[str], received: Sequence[Received]) -> Job:
+    from fedpeft.stacking import stack
+
+    round = received[0].round
+    roles, up = site.tables.roles(round), site.tables.up(round)["adapter"]
+    device, shapes = site.learner.device, site.tables.shapes
+    constants = stack(_constants(plan, received, up, shapes), device)
+    stacked = stack(padded([got.tensors for got in received], shapes), device)
+    trained = [{k: got.tensors[k] for k in roles.train} for got in received]
+
+    def adjust(
+        grads: dict[str, torch.Tensor], params: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        clients = len(next(iter(grads.values()), ()))
+        first = {name: value[:clients] for name, value in constants.items()}
+        return plan.correction.adjust(grads, params, first)
+
+    return Job(
+        learner=site.learner,
+        params={k: v for k, v in stacked.items() if k in roles.train},
+        fixed={k: v for k, v in stacked.items() if k not in roles.train},
+        examples=[site.train(client) for client in clients],
+        seeds=[derive_seed(plan.seed, round, client, "train") for client in clients],
+        adjust=adjust,
+        masks=stack(owned(trained, shapes), device),
+        precondition=plan.adapter.precondition,
+        progress=(round / plan.rounds, (round + 1) / plan.rounds),
+    )
+
+
+def _constants(
+    plan: Plan, received: Sequence[Received], up: Iterable[str], shapes: Shapes
+) -> Sequence[Tensors]:
+    """Return what the correction starts each client with, filled up where clients have less."""
+    found = [
+        plan.correction.start({k: g.tensors[k] for k in up}, g.extras, g.kept) for g in received
+    ]
+    whole = all(shapes_of(got.tensors) == shapes for got in received)
+    return found if whole else padded(found, shapes)
+
+
+def _finish(
+    plan: Plan, site: Client, asked: Asked, got: Received, trained: Tensors, fit: Fit, at: int
+) -> Played:
+    """Subtract, encode and remember: what client ``at`` of ``fit`` does with what it trained."""
+    client, round, memory = asked.client, got.round, asked.memory
+    roles, up = site.tables.roles(round), site.tables.of(client).up(round)
+    if not np.isfinite(fit.losses[at]):
+        why = "its loss is not finite: training diverged; lower the trainer's lr, or set clip"
+        return Played(client, TrainError(why), memory)
+    trained = plan.adapter.after_fit(trained, got.tensors, round)
+    delta = {k: _minus(trained[k], got.tensors[k]) for k in up["adapter"]}
+    sent = plan.uplink.encode(delta, derive(plan.seed, round, client, "uplink"))
+    followed = plan.correction.remembers or "control" in up
+    arrived = plan.uplink.decode(sent, up["adapter"]) if followed else delta
+    local = Local(got.tensors, arrived, got.extras, got.kept, fit.lr_sums[at])
+    extras_up, corrected = plan.correction.client_update(local)
+    sections = {"adapter": sent, **({"control": extras_up} if "control" in up else {})}
+    told_back: dict[str, Scalar] = {
+        "run": got.told.get("run", ""),
+        "round": round,
+        "steps": fit.steps[at],
+        "lr_sum": fit.lr_sums[at],
+        "seen": fit.seen[at],
+        "loss": fit.losses[at],
+    }
+    if site.tables.remembers:
+        own = {k: trained[k].copy() for k in sorted(roles.local)}
+        news = {**prefixed("local", own), **prefixed("correction", corrected)}
+        memory = memory.after(got.acknowledged, round, news)
+    return Played(client, body(sections, up).seal(told_back), memory)
+
+
+def _minus(trained: NDArray[np.float32], received: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Subtract into the trained array, unless the trainer gave back what it was given."""
+    own = not np.may_share_memory(trained, received)
+    return np.subtract(trained, received, out=trained if own else None)
