@@ -75,7 +75,7 @@ def train(message: Message, context: Context) -> Message:
         client = _addressed(message, federation, context)
         site = _site(plan, settings, federation)
         packet = read_packet(message.content)
-        if not site.tables.remembers:
+        if not (site.tables.remembers or site.tables.folds):
             reply, _ = client_round(plan, site, client, packet, Memory())
             return packet_record(reply)
         folder = _memory(packet)
@@ -100,7 +100,8 @@ def evaluate(message: Message, context: Context) -> Message:
         if not (held := site.held(client)):
             return metrics_record({})
         packet = read_packet(message.content)
-        memory = OnDisk(_memory(packet)).load(client) if site.tables.remembers else Memory()
+        keeps = site.tables.remembers or site.tables.folds
+        memory = OnDisk(_memory(packet)).load(client) if keeps else Memory()
         (metrics,) = group_evaluation(plan, site, [Asked(client, packet, memory)], [held])
         return metrics_record(metrics)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedpeft.errors import RunError
 from fedpeft.evaluation import Best
+from fedpeft.folds import Fold
 from fedpeft.rounds import ServerState
 from fedpeft.tensor_file import read_tensor_file, write_tensor_file
 from fedpeft.tensors import prefixed, select
@@ -35,12 +36,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, digest: str) -> None:
         **prefixed("params", state.params),
         **prefixed("slots", state.slots),
         **prefixed("control", state.control),
+        **prefixed("fold", state.fold.tensors),
         **prefixed("best", checkpoint.best_params),
     }
     note = {
         "digest": digest,
         "round": state.round,
         "acks": dict(state.acks),
+        "fold": [[round, *ranks] for round, ranks in state.fold.ranks.items()],
         "best": asdict(checkpoint.best),
         "line": dict(checkpoint.line),
     }
@@ -69,8 +72,9 @@ def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
     tensors, note = read_tensor_file(path, remedy)
     if note["digest"] != digest:
         raise RunError(f"{path}: belongs to another plan; {remedy}")
-    parts = {name: select(tensors, name) for name in ("params", "slots", "control", "best")}
-    state = ServerState(
-        parts["params"], parts["slots"], parts["control"], note["acks"], note["round"]
+    params, slots, control, best, edits = (
+        select(tensors, name) for name in ("params", "slots", "control", "best", "fold")
     )
-    return Checkpoint(state, Best(**note["best"]), parts["best"], note["line"])
+    fold = Fold(edits, {round: ranks for round, *ranks in note.get("fold", [])})
+    state = ServerState(params, slots, control, note["acks"], note["round"], fold)
+    return Checkpoint(state, Best(**note["best"]), best, note["line"])

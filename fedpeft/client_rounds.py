@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import FedPeftError, PlanError, TrainError, WireError
+from fedpeft.folds import assembled
 from fedpeft.grouping import Grouping
 from fedpeft.memory import Memory
 from fedpeft.plan import Plan
@@ -54,7 +55,10 @@ class Client(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A broadcast as a client holds it; ``tensors`` is all it has, ``kept`` its memory."""
+    """A broadcast as a client holds it; ``tensors`` is all it has, ``kept`` its memory.
+
+    ``remembered`` are the edits of the base that it has to remember.
+    """
 
     told: Mapping[str, Scalar]
     round: int
@@ -62,6 +66,7 @@ class Received:
     tensors: Tensors
     extras: Tensors
     kept: Tensors
+    remembered: Tensors
 
 
 def receive(
@@ -77,9 +82,20 @@ def receive(
         raise WireError(f"message is of round {round}, the plan has {plan.rounds}")
     tables = site.tables.of(client)
     came = tables.decode(message, round)
-    kept = memory.at(acknowledged, client) if site.tables.remembers else {}
+    keep = bool(told.get("keep"))
+    kept = memory.at(acknowledged, client) if keep or site.tables.remembers else {}
     tensors = {**tables.part(site.initial), **select(kept, "local"), **came.adapter}
-    return Received(told, round, acknowledged, tensors, came.control, select(kept, "correction"))
+    tensors |= tables.begin(client, round)
+    fold = assembled(came.fold, select(kept, "fold"), site.tables.shapes) if came.fold else {}
+    return Received(
+        told,
+        round,
+        acknowledged,
+        {**tensors, **fold},
+        came.control,
+        select(kept, "correction"),
+        fold if keep else {},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +197,7 @@ def _constants(
     found = [
         plan.correction.start({k: g.tensors[k] for k in up}, g.extras, g.kept) for g in received
     ]
-    whole = all(shapes_of(got.tensors) == shapes for got in received)
+    whole = all(got.tensors[k].shape == shape for got in received for k, shape in shapes.items())
     return found if whole else padded(found, shapes)
 
 
@@ -210,9 +226,10 @@ def _finish(
         "seen": fit.seen[at],
         "loss": fit.losses[at],
     }
-    if site.tables.remembers:
+    if site.tables.remembers or got.remembered:
         own = {k: trained[k].copy() for k in sorted(roles.local)}
         news = {**prefixed("local", own), **prefixed("correction", corrected)}
+        news |= prefixed("fold", got.remembered)
         memory = memory.after(got.acknowledged, round, news)
     return Played(client, body(sections, up).seal(told_back), memory)
 

@@ -105,6 +105,11 @@ class _Run:
     run: str
     history: list[Line] = field(default_factory=list)
 
+    def messages(self, state: ServerState, clients: Iterable[str]) -> Iterator[tuple[str, Message]]:
+        """Yield what each client is sent."""
+        tables, remote = self.site.tables, self.engine.remote
+        return messages(self.plan, tables, state, self.run, clients, remote=remote)
+
 
 def input_digests(plan: Plan, federation: Federation) -> tuple[str, ...]:
     """Return digests of the data, the model and the warm start: inputs that the lines only name."""
@@ -180,7 +185,7 @@ def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watc
     watch.begin(plan, at.state.round)
     with contextlib.closing(_Board(folder, at.state.round)) as board:
         at = _rounds(run, at, board)
-    shared = at.best_params if plan.keep_best and at.best_params else at.state.params
+    shared = at.best_params if plan.keep_best and at.best_params else at.state.tensors
     tensors = {**site.initial, **shared}
     if folder:
         line = scored(run.history, plan.keep_best, at.best)
@@ -216,7 +221,7 @@ def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
     sent = {"bytes": 0}
 
     def requests() -> Iterator[tuple[str, Message]]:
-        for client, message in messages(plan, run.site.tables, state, run.run, cohort):
+        for client, message in run.messages(state, cohort):
             sent["bytes"] += message.nbytes
             yield client, message
 
@@ -232,7 +237,7 @@ def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
     best, params = at.best, at.best_params
     if plan.keep_best and plan.keep_best in line:
         best = best.after(state.round, float(line[plan.keep_best]), plan.keep_best)
-        params = after.params if best.round == state.round else params
+        params = after.tensors if best.round == state.round else params
     elif plan.keep_best and after.round % plan.eval_every == 0:
         measured = ", ".join(k for k in line if "/" in k) or "nothing"
         raise RunError(f"keep_best: no metric {plan.keep_best!r} was measured; there is {measured}")
@@ -253,7 +258,7 @@ def _evaluate(run: _Run, state: ServerState) -> dict[str, Any]:
         return {}
     line: dict[str, Any] = {}
     if "test" in plan.evaluations and (examples := site.test()):
-        (metrics,) = site.learner.evaluate([{**site.initial, **state.params}], [examples])
+        (metrics,) = site.learner.evaluate([{**site.initial, **state.tensors}], [examples])
         line |= {f"test/{k}": v for k, v in metrics.items() if math.isfinite(v)}
     if "clients" in plan.evaluations and plan.holdout:
         line |= _evaluate_clients(run, state)
@@ -265,7 +270,7 @@ def _evaluate_clients(run: _Run, state: ServerState) -> dict[str, Any]:
 
     def requests() -> Iterator[tuple[str, Message]]:
         asked = evaluated_clients(run.plan, list(run.engine.population()))
-        for client, message in messages(run.plan, run.site.tables, state, run.run, asked):
+        for client, message in run.messages(state, asked):
             sent["bytes"] += message.nbytes
             yield client, message
 

@@ -130,6 +130,8 @@ class GridEngine:
     message, twelve hours) is left out of the round; what it says later is dropped.
     """
 
+    remote = True
+
     def __init__(self, grid: Grid, deadline: float = 0.0) -> None:
         self._grid, self._deadline = grid, deadline
         self._nodes: dict[str, int] = {}

@@ -21,6 +21,7 @@ SigmaTo: TypeAlias = Literal["B", "A", "split"]
 """Which factor gets the singular values: the same product, but other gradients afterwards."""
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_FOLD_A, _FOLD_B = ".fold_A", ".fold_B"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,33 @@ def named(module: str, value: Product) -> Tensors:
     return {a: np.asarray(value.a, np.float32), b: np.asarray(value.b, np.float32)}
 
 
+def folded_names(module: str) -> tuple[str, str]:
+    """Return the names of the ``A`` and ``B`` of a product that is added to the module's weight."""
+    return module + _FOLD_A, module + _FOLD_B
+
+
+def folded_modules(names: Iterable[str]) -> list[str]:
+    """Return the modules to whose weights a product is added, sorted."""
+    return sorted(name.removesuffix(_FOLD_A) for name in names if name.endswith(_FOLD_A))
+
+
+def folded(module: str, value: Product) -> Tensors:
+    """Return a product that is added to the module's weight as named arrays."""
+    a, b = folded_names(module)
+    return {a: value.a, b: value.b}
+
+
+def fold_of(tensors: Tensors, module: str) -> Product:
+    """Return the product that is added to the module's weight."""
+    a, b = folded_names(module)
+    return Product(tensors[b], tensors[a])
+
+
+def is_matrix(value: Product) -> bool:
+    """Tell whether ``a`` is the whole [m, n] matrix, beside a ``b`` [m, 0], and not a factor."""
+    return bool(value.b.shape[1] == 0 and value.a.shape[0] > 0)
+
+
 def total(parts: Sequence[tuple[float, Product]]) -> Product:
     """Return the weighted sum of products as one, the weights on ``A``."""
     rank = sum(part.rank for _, part in parts)
@@ -90,7 +118,7 @@ def total(parts: Sequence[tuple[float, Product]]) -> Product:
     for weight, part in parts:
         end = start + part.rank
         b[:, start:end] = part.b
-        np.multiply(part.a, weight, out=a[start:end], casting="unsafe")
+        np.multiply(part.a, weight, out=a[start:end], dtype=np.float64)
         start = end
     return Product(b, a)
 
@@ -125,6 +153,23 @@ def svd(x: Product, rank: int | None = None) -> Svd:
     signs = np.sign(u[np.argmax(np.abs(u), axis=0), np.arange(u.shape[1])])
     signs[signs == 0] = 1.0
     return Svd(u * signs, s, vt * signs[:, None])
+
+
+def compact(x: Product) -> Product:
+    """Return the same product with as few ranks as it has, singular values split between both."""
+    if not x.rank:
+        return x
+    found = svd(x)
+    floor = max(x.b.shape[0], x.a.shape[1]) * np.finfo(np.float64).eps * found.s[0]
+    return cut(found, int(np.sum(found.s > floor)), "split")
+
+
+def within(found: Svd, energy: float) -> int:
+    """Return how many singular values hold that share of the sum of their squares."""
+    squares = np.cumsum(found.s**2)
+    if not squares[-1]:
+        return 0
+    return min(int(np.searchsorted(squares, energy * squares[-1])) + 1, len(squares))
 
 
 def cut(found: Svd, rank: int, sigma_to: SigmaTo = "B") -> Product:

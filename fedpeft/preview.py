@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedpeft import folds, lowrank
 from fedpeft.evaluation import evaluated_clients
 from fedpeft.federation import Federation
 from fedpeft.models._outline import Outline
@@ -16,7 +17,7 @@ from fedpeft.preflight import check, check_texts
 from fedpeft.rounds import header, start
 from fedpeft.tables import Tables
 from fedpeft.tensors import size
-from fedpeft.types import Codec, Scalar, Shapes, Tensors
+from fedpeft.types import Codec, Folding, Scalar, Shapes, Tensors
 from fedpeft.wire import body
 
 _RUN = "0" * 32
@@ -37,8 +38,9 @@ class Size:
 class _Traffic:
     """What single clients are sent and send; those that have the same are measured once."""
 
-    def __init__(self, plan: Plan, tables: Tables) -> None:
+    def __init__(self, plan: Plan, tables: Tables, clients: Sequence[str], cohort: float) -> None:
         self._plan, self._tables = plan, tables
+        self._edits = _edits(plan, tables, clients, cohort)
         self._found: dict[Tables, tuple[Size, Size]] = {}
         kinds: dict[tuple[frozenset[str], frozenset[str]], list[int]] = {}
         for round in range(plan.rounds):
@@ -50,7 +52,9 @@ class _Traffic:
         """Return the sizes down and up, the mean over rounds where they differ."""
         own = self._tables.of(client)
         if own not in self._found:
-            self._found[own] = self._mean(_down, own), self._mean(_up, own)
+            down = self._mean(_down, own)
+            down = Size(down.bytes + self._edits, down.exact and not self._tables.folds)
+            self._found[own] = down, self._mean(_up, own)
         return self._found[own]
 
     def _mean(self, measure: Callable[[Plan, Tables, int], Size], own: Tables) -> Size:
@@ -64,15 +68,15 @@ def preview(plan: Plan) -> dict[str, Any]:
 
     Bytes are measured by packing; a message differs by the digits of the numbers in its header,
     and cohorts that are drawn by chance count with their expected size. ``exact`` is false where
-    a codec's output depends on the values.
+    a codec's output depends on the values, or edits of the base are sent, whose ranks do.
     """
     checked = check(plan)
     federation, found, shapes = checked.federation, checked.outline, checked.shapes
     check_texts(plan, federation, found.limit)
     population = federation.population
     tables = Tables(plan, shapes)
-    traffic = _Traffic(plan, tables)
     cohort = plan.cohort.expected(len(population))
+    traffic = _Traffic(plan, tables, list(population), cohort)
     return {
         "plan": plan.lines(),
         "clients": len(population),
@@ -129,6 +133,26 @@ def _down(plan: Plan, tables: Tables, round: int) -> Size:
         return body(sections, expected).seal(told).nbytes
 
     return _measured(packed)
+
+
+def _edits(plan: Plan, tables: Tables, clients: Sequence[str], cohort: float) -> int:
+    """Return the bytes of edits of the base that a client is sent in a round, on average.
+
+    At most, because products may turn out shorter; and each client is asked as often as any other.
+    """
+    if not isinstance(plan.aggregator, Folding) or not clients or not cohort:
+        return 0
+    ranks = [_rank(tables.of(client).shapes) for client in clients]
+    asked = round(cohort)
+    growth = plan.aggregator.growth([round(sum(ranks) / len(ranks))] * max(1, asked))
+    missed = len(clients) / cohort
+    each = [folds.grown(tables.shapes, growth, t, missed) for t in range(plan.rounds)]
+    return round(sum(each) / plan.rounds)
+
+
+def _rank(shapes: Shapes) -> int:
+    module = lowrank.modules(shapes)[0]
+    return shapes[lowrank.factors(module)[0]][0]
 
 
 def _up(plan: Plan, tables: Tables, round: int) -> Size:

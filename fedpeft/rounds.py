@@ -14,6 +14,7 @@ import numpy as np
 
 from fedpeft.admission import admit, printable
 from fedpeft.errors import PlanError, RunError, WireError
+from fedpeft.folds import Fold
 from fedpeft.memory import NEVER
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
@@ -32,6 +33,12 @@ class ServerState:
     control: Tensors
     acks: Mapping[str, int] = field(default_factory=dict)
     round: int = 0
+    fold: Fold = field(default_factory=Fold)
+
+    @property
+    def tensors(self) -> Tensors:
+        """The shared adapter and the edits of the base."""
+        return {**self.params, **self.fold.tensors}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +54,60 @@ class Report:
 def start(plan: Plan, tables: Tables, initial: Tensors) -> ServerState:
     """Return the state before round 0."""
     params = {k: initial[k] for k in tables.down(0)["adapter"]}
-    return ServerState(params, plan.optimizer.init(params), plan.correction.server_init(params))
+    slots, control = plan.optimizer.init(params), plan.correction.server_init(params)
+    fold = Fold.empty(tables.shapes) if tables.folds else Fold()
+    return ServerState(params, slots, control, fold=fold)
 
 
 def messages(
-    plan: Plan, tables: Tables, state: ServerState, run: str, clients: Iterable[str]
+    plan: Plan,
+    tables: Tables,
+    state: ServerState,
+    run: str,
+    clients: Iterable[str],
+    *,
+    remote: bool = False,
 ) -> Iterator[tuple[str, Message]]:
-    """Yield what each client of this round is sent; clients that have the same share a body."""
-    bodies: dict[Tables, Body] = {}
+    """Yield what each client of this round is sent; clients that are sent the same share a body.
+
+    Clients that are ``remote`` keep the edits of the base, and are sent those that they missed. To
+    others all of them are at hand: it costs nothing to pass them on, and only what they would have
+    missed is counted.
+    """
+    bodies: dict[tuple[Tables, Sequence[int]], Body] = {}
+    nothing = state.fold.held(NEVER)
     for client in clients:
-        own = tables.of(client)
-        if own not in bodies:
-            bodies[own] = broadcast(plan, own, state)
-        yield client, bodies[own].seal(header(state, run, client))
+        held = state.fold.held(state.acks.get(client, NEVER))
+        key = tables.of(client), held if remote else nothing
+        if key not in bodies:
+            bodies[key] = broadcast(plan, key[0], state, key[1])
+        spared = 0 if remote else state.fold.spared(held)
+        keep = remote and tables.folds
+        yield client, bodies[key].seal(header(state, run, client, keep=keep), spared)
 
 
-def broadcast(plan: Plan, tables: Tables, state: ServerState) -> Body:
-    """Encode what every client with these tables receives; ``seal`` it with :func:`header`."""
+def broadcast(plan: Plan, tables: Tables, state: ServerState, held: Sequence[int] = ()) -> Body:
+    """Encode what every client with these tables receives; ``seal`` it with :func:`header`.
+
+    ``held`` are the ranks of edits that they have; by default none.
+    """
     expected = tables.down(state.round)
     sections = {"adapter": _encoded(plan, expected["adapter"], state)}
     if "control" in expected:
         sections["control"] = plan.correction.broadcast(state.control)
+    if "fold" in expected:
+        sections["fold"] = state.fold.since(held or state.fold.held(NEVER))
     return body(sections, expected)
 
 
-def header(state: ServerState, run: str, client: str) -> dict[str, Scalar]:
-    """Return what only this client is told: the last round in which its reply was used."""
-    return {"run": run, "round": state.round, "ack": state.acks.get(client, NEVER)}
+def header(state: ServerState, run: str, client: str, *, keep: bool = False) -> dict[str, Scalar]:
+    """Return what only this client is told: the last round in which its reply was used.
+
+    ``keep`` has it remember the edits of the base that it is sent.
+    """
+    found: dict[str, Scalar] = {"run": run, "round": state.round}
+    found["ack"] = state.acks.get(client, NEVER)
+    return found | ({"keep": 1} if keep else {})
 
 
 def server_round(
@@ -91,7 +125,7 @@ def server_round(
     used counts as zero and is named in the report.
     """
     control, refused, used = state.control, dict[str, str](), list[Update]()
-    answered, up_bytes, less = set[str](), 0, dict[Tables, Sent]()
+    answered, up_bytes, sents = set[str](), 0, dict[Tables, Sent]()
     up = tables.up(state.round)["adapter"]
 
     def updates() -> Iterator[Update]:
@@ -110,31 +144,37 @@ def server_round(
                 refused[client] = printable(str(error))
                 continue
             used.append(replace(update, delta={}, extras={}))
-            if (own := tables.of(client)) is not tables:
-                less[own] = less.get(own) or _sent(plan, own, state)
-                update = replace(update, delta=padded([update.delta], up)[0], sent=less[own])
+            own = tables.of(client)
+            begun = own.begin(client, state.round)
+            if own is not tables or begun:
+                sents[own] = sents.get(own) or _sent(plan, own, state)
+                its = replace(sents[own], moving={**sents[own].moving, **begun})
+                update = replace(update, delta=padded([update.delta], up)[0], sent=its)
             yield update
 
     stream = updates()
     step = plan.aggregator.reduce(stream, _sent(plan, tables, state), weights)
     for _ in stream:  # an aggregator that stops early must not hide who replied
         pass
-    expected = {k: shape for k, shape in up.items() if k not in step.replaced}
+    expected = {k: s for k, s in up.items() if k in state.params and k not in step.replaced}
     known = {k: v.shape for k, v in state.params.items() if k in step.replaced}
     if shapes_of(step.delta) != expected or shapes_of(step.replaced) != known:
         raise PlanError("aggregator: its step has other names or shapes than the adapter")
+    if not {*step.fold} <= {*state.fold.tensors}:
+        raise PlanError("aggregator: edits modules of the base that have no adapter")
     with np.errstate(over="ignore", invalid="ignore"):
         moved, slots = plan.optimizer.step(state.params, step.delta, state.slots)
     moved = {**moved, **step.replaced}
-    if not (is_finite(moved) and is_finite(slots)):
+    if not (is_finite(moved) and is_finite(slots) and is_finite(step.fold)):
         raise RunError(
             f"round {state.round}: the server's step is not finite; lower the optimizer's lr or "
             "the trainer's"
         )
     acks = {**state.acks, **{update.client: state.round for update in used}}
     report = Report([u.client for u in used], refused, up_bytes, _metrics(used))
-    params = {**state.params, **moved}
-    return ServerState(params, slots, control, acks, state.round + 1), report
+    params, after = {**state.params, **moved}, state.round + 1
+    fold = state.fold.plus(step.fold, after, {*acks.values()}) if tables.folds else state.fold
+    return ServerState(params, slots, control, acks, after, fold), report
 
 
 def _encoded(plan: Plan, shapes: Shapes, state: ServerState) -> Tensors:
@@ -147,7 +187,7 @@ def _sent(plan: Plan, tables: Tables, state: ServerState) -> Sent:
     """Return the adapter as clients decode it: another one where the downlink loses."""
     down, up = tables.down(state.round)["adapter"], tables.up(state.round)["adapter"]
     received = plan.downlink.decode(_encoded(plan, down, state), down)
-    moving = {k: received[k] for k in up}
+    moving = {k: received[k] for k in up if k in received}
     still = {k: v for k, v in received.items() if k not in up}
     return Sent(moving, still, derive_seed(plan.seed, state.round, "aggregator"))
 

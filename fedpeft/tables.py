@@ -7,19 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedpeft import folds
 from fedpeft.errors import PlanError
 from fedpeft.plan import Plan
 from fedpeft.tensors import narrowed, shapes_of, size
-from fedpeft.types import Narrowing, Roles, Shapes, Tensors
+from fedpeft.types import Folding, Narrowing, Restarting, Roles, Shapes, Tensors
 from fedpeft.wire import Body, Message, unpack
 
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """What came down: the adapter's shared tensors and a correction's control state."""
+    """What came down: the adapter's shared tensors, a correction's control state, missed edits."""
 
     adapter: Tensors
     control: Tensors
+    fold: Tensors
 
 
 class Tables:
@@ -36,7 +38,7 @@ class Tables:
         self._part: tuple[Tensors | None, Tensors] = (None, {})
         self._down: tuple[int, dict[str, Shapes]] = (-1, {})
         self._up: tuple[int, dict[str, Shapes]] = (-1, {})
-        self._last: tuple[Body | None, Broadcast] = (None, Broadcast({}, {}))
+        self._last: tuple[Body | None, Broadcast] = (None, Broadcast({}, {}, {}))
 
     def of(self, client: str) -> Tables:
         """Return the tables of what ``client`` has: these where it has everything.
@@ -65,6 +67,13 @@ class Tables:
         if self._part[0] is not tensors:
             self._part = tensors, narrowed(tensors, self.shapes)
         return self._part[1]
+
+    def begin(self, client: str, round: int) -> Tensors:
+        """Return the tensors that begin anew at ``client``, which has what these tables name."""
+        adapter = self._plan.adapter
+        if not isinstance(adapter, Restarting):
+            return {}
+        return adapter.begin(self.shapes, round, client, self._plan.seed)
 
     def roles(self, round: int) -> Roles:
         """What happens to each tensor in ``round``."""
@@ -97,7 +106,8 @@ class Tables:
         shared = {k: s for k, s in self.shapes.items() if k in down}
         zeros = {k: np.zeros(s, np.float32) for k, s in shared.items()}
         control = self._plan.correction.broadcast(self._plan.correction.server_init(zeros))
-        return _sections(shared, shapes_of(control))
+        found = _sections(shared, shapes_of(control))
+        return found | ({"fold": folds.longest(self.shapes)} if self.folds else {})
 
     def decode(self, message: Message | bytes, round: int) -> Broadcast:
         """Decode a broadcast of ``round``; clients of one process share the last one's arrays.
@@ -109,8 +119,14 @@ class Tables:
             expected = self.down(round)
             sections = unpack(message, expected, limit(expected)).sections
             shared = self._plan.downlink.decode(sections["adapter"], expected["adapter"])
-            self._last = key, Broadcast(shared, sections.get("control", {}))
+            control, fold = sections.get("control", {}), sections.get("fold", {})
+            self._last = key, Broadcast(shared, control, fold)
         return self._last[1]
+
+    @property
+    def folds(self) -> bool:
+        """Whether rounds edit the base."""
+        return isinstance(self._plan.aggregator, Folding)
 
     @property
     def remembers(self) -> bool:

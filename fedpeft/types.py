@@ -74,13 +74,15 @@ class Roles:
     """What happens to each adapter tensor in one round.
 
     ``train`` changes at the client; ``down`` and ``up`` travel; ``local`` trains but stays in the
-    client's memory. A tensor in none of them is frozen and derived from the plan on every side.
+    client's memory; ``fresh`` begins anew in every round, see :class:`Restarting`. A tensor in none
+    of them is frozen and derived from the plan on every side.
     """
 
     train: frozenset[str]
     down: frozenset[str]
     up: frozenset[str]
     local: frozenset[str] = frozenset()
+    fresh: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Raise ``PlanError`` for roles that contradict each other."""
@@ -88,8 +90,10 @@ class Roles:
             raise PlanError(f"adapter: {both[0]} cannot both travel and stay local")
         if idle := sorted((self.up | self.local) - self.train):
             raise PlanError(f"adapter: {idle[0]} does not train, so it has nothing to send or keep")
-        if lost := sorted(self.up - self.down):
+        if lost := sorted(self.up - self.down - self.fresh):
             raise PlanError(f"adapter: {lost[0]} goes up but never down")
+        if sent := sorted(self.fresh & (self.down | self.local)):
+            raise PlanError(f"adapter: {sent[0]} begins anew, so nobody needs its last values")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,7 @@ class Update:
 
     ``lr_sum`` adds up the learning rates of the local steps (steps x lr when constant). A client
     that has only the first entries of some tensors (mixed ranks) was ``sent`` those: it trained
-    them and nothing else, so the rest of its ``delta`` is zero.
+    them and nothing else, so the rest of its ``delta`` is zero. What began anew counts as sent.
     """
 
     client: str
@@ -139,11 +143,14 @@ class Step:
     """What an aggregator makes of a cohort: one direction for the server optimizer.
 
     ``replaced`` are new values for tensors that were factorised anew: the old ones and the
-    optimizer have no part in them, and ``delta`` does not name them.
+    optimizer have no part in them, and ``delta`` does not name them. ``fold`` are products, float64
+    and named by ``lowrank.folded``, that are added to the frozen base for good; only an aggregator
+    that is :class:`Folding` has any.
     """
 
     delta: Tensors
     replaced: Tensors = field(default_factory=dict)
+    fold: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,6 +467,18 @@ class Narrowing(Protocol):
 
 
 @runtime_checkable
+class Restarting(Protocol):
+    """What an adapter has besides whose clients forget some tensors after each round."""
+
+    def begin(self, shapes: Shapes, round: int, client: str, seed: int) -> Tensors:
+        """Return what ``client`` begins ``round`` with, of its ``shapes``: on every side the same.
+
+        Nothing where no tensor is fresh (``Roles.fresh``). ``seed`` is the plan's.
+        """
+        ...
+
+
+@runtime_checkable
 class Trainer(Protocol):
     """``trainers/``: the local optimizer and its loop."""
 
@@ -548,6 +567,15 @@ class Aggregator(Protocol):
 
         The step's ``delta`` names what was ``sent.moving``, but for what it replaces.
         """
+        ...
+
+
+@runtime_checkable
+class Folding(Protocol):
+    """What an aggregator has besides whose steps have a ``fold``."""
+
+    def growth(self, ranks: Sequence[int]) -> int:
+        """Return how many ranks a round adds at most, of clients with these ranks."""
         ...
 
 

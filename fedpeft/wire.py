@@ -44,27 +44,31 @@ class Body:
     sections: Sequence[Sequence[Any]]
     pieces: Sequence[memoryview]
 
-    def seal(self, header: Mapping[str, Scalar]) -> Message:
+    def seal(self, header: Mapping[str, Scalar], spared: int = 0) -> Message:
         """Return the message with this header. Raises ``WireError`` for one no receiver takes."""
         _check_header(header)
         text = json.dumps({"h": dict(header), "s": self.sections}, separators=(",", ":"))
         head = text.encode()
         if len(head) > _MAX_HEAD:
             raise WireError(f"head of {len(head)} bytes is longer than {_MAX_HEAD}")
-        return Message(head, self)
+        return Message(head, self, spared)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
-    """A sealed packet that has not left this process: nothing is copied or summed until it does."""
+    """A sealed packet that has not left this process: nothing is copied or summed until it does.
+
+    ``spared`` are bytes of it that a receiver on another machine would hold already.
+    """
 
     head: bytes
     body: Body
+    spared: int = 0
 
     @property
     def nbytes(self) -> int:
-        """What it costs to send it: the length of ``bytes(message)``."""
-        return _PREAMBLE.size + len(self.head) + _length(self.body.pieces)
+        """What it costs to send it: the length of ``bytes(message)``, but for what is spared."""
+        return _PREAMBLE.size + len(self.head) + _length(self.body.pieces) - self.spared
 
     def __bytes__(self) -> bytes:
         pieces = self.body.pieces

@@ -18,8 +18,9 @@ import torch
 
 from fedpeft.adapters import _peft_folder
 from fedpeft.adapters._stacked import _added, masked
+from fedpeft.adapters._targets import ATTENTION
 from fedpeft.adapters.full import Full
-from fedpeft.adapters.lora import ATTENTION, Lora
+from fedpeft.adapters.lora import Lora
 from fedpeft.errors import FedPeftError, ModelError
 from fedpeft.learner import ModelLearner
 from fedpeft.models._base import Base

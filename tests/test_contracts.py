@@ -162,7 +162,7 @@ def test_it_is_documented(method: str) -> None:
     module = importlib.import_module(cls.__module__)
     first = " ".join(str(module.__doc__).partition("\n\n")[0].split())
     assert first.endswith(".")
-    cites = re.search(r"arXiv \d{4}\.\d{4,5}", first) is not None
+    cites = re.search(r"arXiv \d{4}\.\d{4,5}|OpenReview \w{10}", first) is not None
     assert cites != (method in NO_PAPER), first
     assert inspect.getdoc(cls)
     assert not str(cls.__doc__).startswith(f"{cls.__name__}(")  # dataclass's own docstring

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedpeft.errors import GroupError, ModelError
+from fedpeft.lowrank import folded_names
 
 if TYPE_CHECKING:
     from fedpeft.models._base import Base
@@ -132,6 +134,7 @@ class StackedLora:
                 return output
             x: Tensor = args[0]
             self._check_rows(module, x, len(next(iter(self._params.values()))))
+            output = _edited(output, x, self._params, module, self._scale)
             if self._masks is not None:
                 x = masked(x, self._masks, self._dropout, number)
             return self._form(output, x, self._params, module, self._scale)
@@ -161,6 +164,21 @@ class StackedLora:
                 f"{self._name}: {module} does not take one row per record, so clients cannot share "
                 "a pass; train them one at a time"
             )
+
+
+def _edited(
+    output: Tensor, x: Tensor, params: Mapping[str, Tensor], module: str, scale: float
+) -> Tensor:
+    """Return a module's output under the edit of its weight, which is the same for all clients."""
+    names = folded_names(module)
+    if names[0] not in params:
+        return output
+    a, b = (params[name][0].to(x.dtype) for name in names)
+    if not len(a):
+        return output
+    inner = functional.linear(x, a)
+    edit = functional.linear(inner, b) if b.shape[1] else inner
+    return torch.add(output, edit, alpha=scale)
 
 
 def _added(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -9,21 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from fedpeft.adapters import _align, _peft_folder, _ranks
+from fedpeft.adapters import _align, _draw, _folded, _peft_folder, _ranks, _targets
+from fedpeft.adapters._draw import Init, factor
 from fedpeft.errors import ModelError, SpecError
 from fedpeft.models._outline import Outline
 from fedpeft.rng import derive
 from fedpeft.spec import bounded, method
-from fedpeft.types import Attached, Rng, Roles, Shapes, Stacked, Tensors
+from fedpeft.types import Attached, Roles, Shapes, Stacked, Tensors
 
 if TYPE_CHECKING:
     from fedpeft.models._base import Base
-
-ATTENTION = (
-    *("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "query_proj", "value_proj"),
-    *("attn.q", "attn.v", "c_attn", "query_key_value", "qkv_proj", "Wqkv"),
-)
-"""The query and value projections by the names that architectures give them; fused ones whole."""
 
 
 @method
@@ -45,6 +40,9 @@ class Lora:
     ranks that are drawn by the client's name, ``"4,8,16"`` or with weights ``"4*40,8*20,16*10"``,
     and clients by name, ``"anna=4,ben=16,8"`` (8 for all others). The scale stays that of ``r`` for
     everybody: with their own, what a client is sent would be another function.
+    ``fresh`` has both factors begin anew in every round, drawn for each ``client`` or for the
+    ``round``; then only their product at the end of a round counts, and the aggregator has to add
+    it to the base (FLoRA, arXiv 2409.05976).
     ``align`` says how far clients turn their factors, after training, towards the ones that were
     sent (FedRot-LoRA, arXiv 2602.23638): 0 not at all, 1 all the way; to ``A`` in odd rounds, to
     ``B`` in even ones.
@@ -55,19 +53,20 @@ class Lora:
     targets: str = "attention"
     dropout: float = bounded(default=0.0, low=0, below=1)
     train: Literal["A,B", "A", "B", "B/A"] = "A,B"
-    init: Literal["kaiming", "orthonormal", "gaussian"] = "kaiming"
+    init: Init = "kaiming"
     head: Literal["average", "local", "frozen"] = "average"
     rslora: bool = False
     send: Literal["trained", "both"] = "trained"
     local: Literal["none", "A", "B"] = "none"
     align: float = bounded(default=0.0, low=0, high=1)
     ranks: str = ""
+    fresh: Literal["none", "client", "round"] = "none"
 
     max_group: ClassVar[int | None] = None
 
     def check(self) -> None:
         """Raise ``SpecError`` for an empty list of targets."""
-        if not _split(self.targets):
+        if not _targets.named(self.targets):
             raise SpecError("lora: targets='' names no module; try 'attention' or 'all-linear'")
         if self.local != "none" and self.train != "A,B":
             raise SpecError(
@@ -81,6 +80,13 @@ class Lora:
                 f"lora: align={self.align:g} turns both factors, so both must train and travel: "
                 f"set train='A,B' and local='none' instead of {self.train!r} and {self.local!r}"
             )
+        sent = self.send == "both" or self.train == "B/A"
+        if self.fresh != "none" and (sent or self.local != "none" or self.align):
+            raise SpecError(
+                f"lora: fresh={self.fresh!r} forgets the factors after each round, so none is sent "
+                "down, kept or turned to: set train='A,B', 'A' or 'B', send='trained', "
+                "local='none' and align=0"
+            )
         if self.ranks and (most := max(_ranks.parse(self.ranks).known)) != self.r:
             raise SpecError(
                 f"lora: ranks={self.ranks!r} goes up to {most}, and r={self.r} is the rank of the "
@@ -90,8 +96,14 @@ class Lora:
     @property
     def offers(self) -> Mapping[str, str]:
         """What an aggregator may rely on."""
-        both = self.local == "none" and (self.train in ("A,B", "B/A") or self.send == "both")
-        found = {"both-factors": "every client is sent A and B"} if both else {}
+        known = self.train in ("A,B", "B/A") or self.send == "both" or self.fresh != "none"
+        found = {"folds": "the base can be edited by products of its factors' shapes"}
+        if self.local == "none" and known:
+            found["both-factors"] = "A and B of every client are known to the server"
+        if self.fresh != "none":
+            found["fresh"] = "the factors begin anew in every round"
+        if self.fresh == "round":
+            found["common-start"] = "all clients begin a round with the same factors"
         if self.train != "A,B":
             found["one-factor"] = "one factor moves in a round, the other is common to all clients"
         if self.train == "B":
@@ -103,25 +115,23 @@ class Lora:
         return found
 
     @property
+    def needs(self) -> Mapping[str, str]:
+        """What forgetting asks of the aggregator."""
+        if self.fresh == "none":
+            return {}
+        return {
+            "edits-base": "forgets the factors after each round, so their products must be added "
+            "to the base; use aggregator: stack"
+        }
+
+    @property
     def scale(self) -> float:
         """The factor ``s``."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def modules(self, outline: Outline) -> list[str]:
         """Return the paths of the wrapped modules. Raises ``ModelError`` for an idle target."""
-        if self.targets == "all-linear":
-            return sorted(outline.linear)
-        wanted = ATTENTION if self.targets == "attention" else _split(self.targets)
-        fits = {w: [m for m in outline.linear if ("." + m).endswith("." + w)] for w in wanted}
-        found = {m for modules in fits.values() for m in modules}
-        idle = [w for w, modules in fits.items() if not modules]
-        if not found or (idle and self.targets != "attention"):
-            last = sorted({m.rpartition(".")[2] for m in outline.linear})
-            word = self.targets if not found else idle[0]
-            raise ModelError(
-                f"lora: targets={word!r} matches no linear module; this model has {', '.join(last)}"
-            )
-        return sorted(found)
+        return _targets.modules(outline, self.targets)
 
     def shapes(self, outline: Outline) -> Shapes:
         """Return ``<module>.lora_A.weight``, ``<module>.lora_B.weight`` and the head's tensors."""
@@ -147,22 +157,34 @@ class Lora:
     def roles(self, shapes: Shapes, round: int) -> Roles:
         """Heads as ``head`` says; factors as ``train``, ``send`` and ``local`` say."""
         active = self.train.split(",") if self.train != "B/A" else ["BA"[round % 2]]
-        trained = {k for k in shapes if _factor(k) in active}
-        resting = {k for k in shapes if _factor(k)} - trained
-        heads = {k for k in shapes if not _factor(k)}
-        own = {k for k in trained if _factor(k) == self.local}
+        trained = {k for k in shapes if factor(k) in active}
+        resting = {k for k in shapes if factor(k)} - trained
+        heads = {k for k in shapes if not factor(k)}
+        own = {k for k in trained if factor(k) == self.local}
         own |= heads if self.head == "local" else set()
         up = trained | (heads if self.head == "average" else set())
         up -= own
         down = up | (resting if self.send == "both" or self.train == "B/A" else set())
+        fresh = trained | resting if self.fresh != "none" else set()
         return Roles(
-            train=frozenset(up | own), down=frozenset(down), up=frozenset(up), local=frozenset(own)
+            train=frozenset(up | own),
+            down=frozenset(down - fresh),
+            up=frozenset(up),
+            local=frozenset(own),
+            fresh=frozenset(fresh),
         )
 
     def initial(self, base: Base, shapes: Shapes, seed: int) -> Tensors:
         """Draw ``A`` (or ``B``) and a new head by name; a trained head is kept."""
         own = {k: base.parameter(k) for k in base.outline.head if k not in base.missing}
         return {k: own[k] if k in own else self._draw(k, s, seed) for k, s in shapes.items()}
+
+    def begin(self, shapes: Shapes, round: int, client: str, seed: int) -> Tensors:
+        """Draw the factors anew as ``fresh`` says."""
+        if self.fresh == "none":
+            return {}
+        whose = (round, client) if self.fresh == "client" else (round,)
+        return {k: self._draw(k, s, seed, *whose) for k, s in shapes.items() if factor(k)}
 
     def attach(self, base: Base) -> Attached:
         """Hook the low-rank products and the head into ``base``."""
@@ -183,7 +205,11 @@ class Lora:
         return _align.aligned(trained, received, "A" if round % 2 else "B", self.align)
 
     def export(self, base: Base, tensors: Tensors, folder: Path) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does."""
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does.
+
+        Edits of the base are in it: the ranks grow by theirs.
+        """
+        whole, ranks = _folded.joined(tensors)
         fields: dict[str, Any] = {
             "r": self.r,
             "lora_alpha": int(self.alpha) if self.alpha.is_integer() else self.alpha,
@@ -191,40 +217,30 @@ class Lora:
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
             "target_modules": self.modules(base.outline),
+            **_folded.patterns(ranks, self.scale, rslora=self.rslora),
         }
-        _peft_folder.write(folder, base, "LORA", fields, tensors)
+        _peft_folder.write(folder, base, "LORA", fields, whole)
 
     def restore(self, folder: Path, shapes: Shapes) -> Tensors:
         """Read such a folder. Raises ``ModelError`` where rank, scale or modules differ."""
         config = _peft_folder.read_config(folder)
+        if config.get("rank_pattern"):
+            raise ModelError(
+                f"{folder}: holds modules of several ranks, as a run leaves them that edits the "
+                "base; merge it, and start from the merged model"
+            )
         held = {k: config.get(k) for k in ("peft_type", "r", "lora_alpha", "use_rslora")}
         mine = dict(zip(held, ("LORA", self.r, self.alpha, self.rslora), strict=True))
         if wrong := [k for k in held if (held[k] or False) != mine[k]]:
             told = ", ".join(f"{k}={held[k]}, the plan says {mine[k]}" for k in wrong)
             raise ModelError(f"{folder}: holds {told}; make the adapter line agree")
-        if special := [k for k in ("alpha_pattern", "rank_pattern", "use_dora") if config.get(k)]:
+        if special := [k for k in ("alpha_pattern", "use_dora") if config.get(k)]:
             raise ModelError(f"{folder}: uses {special[0]}, which this adapter does not have")
         return _peft_folder.read(folder, shapes)
 
-    def _draw(self, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-        rng, factor = derive(seed, "adapter", name), _factor(name)
-        drawn = "B" if self.train == "A" else "A"
-        if factor not in ("", drawn) or name.endswith("bias"):
-            return np.zeros(shape, np.float32)
-        if not factor:
-            return (0.02 * rng.standard_normal(shape)).astype(np.float32)
-        if factor == "B":
-            return np.ascontiguousarray(self._rows(rng, (shape[1], shape[0])).T)
-        return self._rows(rng, shape)
-
-    def _rows(self, rng: Rng, shape: tuple[int, ...]) -> np.ndarray:
-        if self.init == "gaussian":
-            return (rng.standard_normal(shape) / self.r).astype(np.float32)
-        if self.init == "orthonormal":
-            basis, upper = np.linalg.qr(rng.standard_normal(shape[::-1]))
-            return np.ascontiguousarray((basis * np.sign(np.diag(upper))).T, np.float32)
-        limit = 1 / math.sqrt(shape[1])
-        return rng.uniform(-limit, limit, shape).astype(np.float32)
+    def _draw(self, name: str, shape: tuple[int, ...], seed: int, *whose: int | str) -> np.ndarray:
+        rng, drawn = derive(seed, "adapter", name, *whose), "B" if self.train == "A" else "A"
+        return _draw.start(name, shape, rng, self.init, drawn)
 
 
 def _all_conv1d(base: Base, modules: list[str]) -> bool:
@@ -232,11 +248,3 @@ def _all_conv1d(base: Base, modules: list[str]) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return all(isinstance(base.model.get_submodule(m), Conv1D) for m in modules)
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _factor(name: str) -> str:
-    return {"lora_A.weight": "A", "lora_B.weight": "B"}.get(".".join(name.split(".")[-2:]), "")

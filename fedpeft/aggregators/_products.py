@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -14,13 +14,15 @@ from fedpeft.types import Sent, Step, Tensors, Update, Weights
 
 Parts: TypeAlias = Sequence[tuple[float, Product]]
 """Shares and products of one module: those of the clients, and that of whoever did not reply."""
-_NOTHING = 1e-9
+NOTHING = 1e-9
 """Share of the missing below which it is rounding."""
 
 BOTH = (
     "replaces both factors, so clients must be sent both; "
     "use adapter: lora(train='A,B') or lora(train='B', send='both')"
 )
+FOLDS = "adds products to the weights of the base; use adapter: lora"
+EDITS: Mapping[str, str] = {"edits-base": "adds to the frozen base, which all clients are told of"}
 REPLACES = (
     "the factors are made anew in each round, so steps of their entries have no meaning; "
     "use optimizer: sgd with its defaults"
@@ -36,37 +38,48 @@ def refactored(
 ) -> Step:
     """Replace each module's factors by ``solve`` of its products and rank; else a weighted mean.
 
-    A client's product is that of the factors it has, whatever their rank. One that did not reply
-    counts as the product that was sent, all of it: shares are the weights over the denominator, and
-    what they lack of 1 is its share. ``by_rank`` divides each rank by the weight of those who have
+    A client that did not reply counts as the product that was sent, all of it: what the shares lack
+    of 1 is its share. ``by_rank`` divides each rank by the weight of those who have
     it, see :func:`_balanced`. Without any reply, or while all products are zero, a module keeps its
     factors.
     """
     received = {**sent.still, **sent.moving}
-    modules = lowrank.modules(received)
-    paired = {name for module in modules for name in lowrank.factors(module)}
-    held: dict[str, list[tuple[float, Product]]] = {module: [] for module in modules}
+    held, rest = collected(updates, sent, weights)
+    replaced: dict[str, np.ndarray] = {}
+    for module in lowrank.modules(received):
+        parts, before = held.pop(module, []), lowrank.product(received, module)
+        missing = 1 - sum(share for share, _ in parts)
+        clients = len(parts)
+        if by_rank and clients:
+            parts = _balanced(parts, before)
+        if abs(missing) > NOTHING:
+            parts.append((missing, before))
+        moved = clients and any(part.b.any() and part.a.any() for _, part in parts)
+        replaced |= lowrank.named(module, solve(parts, before.rank) if moved else before)
+    return Step(rest, replaced)
+
+
+def collected(
+    updates: Iterable[Update], sent: Sent, weights: Weights
+) -> tuple[dict[str, list[tuple[float, Product]]], Tensors]:
+    """Return every module's shares and trained products, and a weighted mean of all the rest.
+
+    A client's product is that of the factors it has, whatever their rank; without any update there
+    is none. Shares are the weights over the denominator. Holds the factors of every update.
+    """
+    received = {**sent.still, **sent.moving}
+    held: dict[str, list[tuple[float, Product]]] = {}
+    paired = {name for module in lowrank.modules(received) for name in lowrank.factors(module)}
     rest = {k: np.zeros(v.shape) for k, v in sent.moving.items() if k not in paired}
     for update in updates:
         share, own = update.weight / weights.denominator, received
         if update.sent is not None:
             own = {**update.sent.still, **update.sent.moving}
-        for module in modules:
-            held[module].append((share, trained(update.delta, own, module)))
+        for module in lowrank.modules(own):
+            held.setdefault(module, []).append((share, trained(update.delta, own, module)))
         for name, value in rest.items():
             value += share * update.delta[name].astype(np.float64)
-    replaced: dict[str, np.ndarray] = {}
-    for module in modules:
-        parts, before = held.pop(module), lowrank.product(received, module)
-        missing = 1 - sum(share for share, _ in parts)
-        clients = len(parts)
-        if by_rank and clients:
-            parts = _balanced(parts, before)
-        if abs(missing) > _NOTHING:
-            parts.append((missing, before))
-        moved = clients and any(part.b.any() and part.a.any() for _, part in parts)
-        replaced |= lowrank.named(module, solve(parts, before.rank) if moved else before)
-    return Step({name: value.astype(np.float32) for name, value in rest.items()}, replaced)
+    return held, {name: value.astype(np.float32) for name, value in rest.items()}
 
 
 def trained(delta: Tensors, received: Tensors, module: str) -> Product:

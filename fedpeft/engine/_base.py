@@ -20,7 +20,12 @@ _T = TypeVar("_T")
 
 
 class Engine(Protocol):
-    """Delivers messages to clients and brings back what they answer, in any order."""
+    """Delivers messages to clients and brings back what they answer, in any order.
+
+    Clients that are ``remote`` hold what they were sent themselves; to others it is all at hand.
+    """
+
+    remote: bool
 
     def population(self) -> Population:
         """Return every client that can be asked, sorted by name, with its training records."""

@@ -116,6 +116,8 @@ class Crew(Protocol):
 class Dispatch:
     """The engine of a crew; see ``engine._base.Engine``."""
 
+    remote = False
+
     def __init__(self, stage: Stage, player: Player, crew: Crew) -> None:
         self._stage, self._player, self._crew = stage, player, crew
         self._ready: set[int] = set()
@@ -206,10 +208,8 @@ class Dispatch:
         if window is not None:
             window.deaths += 1
             if window.deaths == _TRIES:
-                raise TrainError(
-                    f"workers keep dying ({event.cause}) while they play {window}; "
-                    "lower group or workers"
-                )
+                told = f"workers keep dying ({event.cause}) while they play {window}"
+                raise TrainError(f"{told}; lower group or workers")
             self._stage.warn(f"a worker died ({event.cause}); playing {window} again")
             if window.deaths > 1 and self._player.grouping.width > 1:  # no longer bad luck
                 self._player.narrow(self._player.grouping.halved().width)

@@ -38,6 +38,8 @@ class Inline(Grouped):
 class _Running:
     """See ``engine._base.Engine``."""
 
+    remote = False
+
     def __init__(self, player: Player, stage: Stage) -> None:
         self._player, self._population = player, stage.site.federation.population
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpeft.adapters.lora import ATTENTION, Lora
+from fedpeft.adapters._targets import ATTENTION
+from fedpeft.adapters.lora import Lora
 from fedpeft.federation import deal
 from fedpeft.models._locate import locate
 from fedpeft.plan import Plan

@@ -1,0 +1,81 @@
+"""FedEx-LoRA: Exact Aggregation for Federated LoRA (Singhal et al. 2025, arXiv 2410.09432)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from fedpeft import lowrank
+from fedpeft.aggregators import _products
+from fedpeft.aggregators._products import Parts
+from fedpeft.lowrank import Product
+from fedpeft.spec import bounded, method
+from fedpeft.types import Sent, Step, Update, Weights
+
+
+@method
+class Fedex:
+    """The mean of both factors; what their product lacks of the mean product goes into the base.
+
+    With ``A`` and ``B`` the weighted means, the residual is ``sum p_k (B_k - B)(A_k - A)``, of rank
+    at most (K - 1) r, so base and adapter together are exactly the mean of the products. ``rank``
+    adds only the best residual of that rank (the paper's truncated variant). A share of clients
+    that did not reply counts as what was sent. Holds the factors of every update: K times the bytes
+    of one.
+    """
+
+    rank: int | None = bounded(default=None, low=1)
+
+    offers: ClassVar[Mapping[str, str]] = _products.EDITS
+    needs: ClassVar[Mapping[str, str]] = {
+        "folds": _products.FOLDS,
+        "both-factors": _products.BOTH,
+    }
+    refuses: ClassVar[Mapping[str, str]] = {
+        "entrywise": "the residual is that of the means of the factors, so the adapter must become "
+        "these; use optimizer: sgd with its defaults",
+        "one-factor": "where a factor is common to all clients the mean of the other is exact; "
+        "use aggregator: mean",
+        "mixed-ranks": "averages factors of one rank; set ranks='' in the adapter, or use "
+        "aggregator: stack",
+        "fresh": "goes on with the means of the factors; set fresh='none' in the adapter, or use "
+        "aggregator: stack",
+    }
+
+    def reduce(self, updates: Iterable[Update], sent: Sent, weights: Weights) -> Step:
+        """Average the factors, and stack each module's deviations; no [m, n] matrix is formed."""
+        received = {**sent.still, **sent.moving}
+        held, delta = _products.collected(updates, sent, weights)
+        fold: dict[str, np.ndarray] = {}
+        for module in lowrank.modules(received):
+            parts, before = held.pop(module, []), lowrank.product(received, module)
+            if parts:
+                missing = 1 - sum(share for share, _ in parts)
+                parts += [(missing, before)] if abs(missing) > _products.NOTHING else []
+                mean, residual = _split(parts)
+                if self.rank is not None:
+                    residual = lowrank.cut(lowrank.svd(residual), self.rank, "split")
+                fold |= lowrank.folded(module, residual)
+            else:
+                mean = before
+            moved = zip(
+                lowrank.factors(module), (mean.a - before.a, mean.b - before.b), strict=True
+            )
+            delta = {**delta, **{k: np.asarray(v, np.float32) for k, v in moved}}
+        return Step({k: delta[k] for k in sent.moving}, fold=fold)
+
+    def growth(self, ranks: Sequence[int]) -> int:
+        """Return ``rank`` or the ranks' sum, which it is where not all clients reply."""
+        return sum(ranks) if self.rank is None else min(sum(ranks), self.rank)
+
+
+def _split(parts: Parts) -> tuple[Product, Product]:
+    """Return the product of the means, and what it lacks of the mean of the products.
+
+    Summed about the means, nothing cancels.
+    """
+    b = np.sum([share * p.b.astype(np.float64) for share, p in parts], axis=0)
+    a = np.sum([share * p.a.astype(np.float64) for share, p in parts], axis=0)
+    return Product(b, a), lowrank.total([(s, Product(p.b - b, p.a - a)) for s, p in parts])
