@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft.errors import WireError
+from fedpeft.phases import check_answer
 from fedpeft.plan import Plan
 from fedpeft.tables import Tables, limit
 from fedpeft.tensors import is_within, shapes_of
@@ -45,7 +46,9 @@ def admit(
     if any(value.dtype != np.float32 for value in extras.values()):
         raise WireError("control variates are not float32")
     _check_size(delta, extras)
-    return Update(client, delta, weights.of[client], lr_sum, extras, metrics)
+    answer = packet.sections.get("answer", {})
+    check_answer(answer, expected.get("answer", {}))
+    return Update(client, delta, weights.of[client], lr_sum, extras, metrics, answer=answer)
 
 
 def _less(tables: Tables, client: str) -> str:

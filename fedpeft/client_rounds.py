@@ -18,10 +18,10 @@ from fedpeft.grouping import Grouping
 from fedpeft.memory import Memory
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
-from fedpeft.tables import Tables
-from fedpeft.tensors import narrowed, owned, padded, prefixed, select, shapes_of
-from fedpeft.types import Example, Fit, Job, Learner, Local, Scalar, Shapes, Tensors
-from fedpeft.wire import Message, body, peek
+from fedpeft.tables import Tables, limit
+from fedpeft.tensors import is_finite, narrowed, owned, padded, prefixed, select, shapes_of
+from fedpeft.types import Asking, Example, Fit, Job, Learner, Local, Scalar, Shapes, Tensors
+from fedpeft.wire import Message, body, peek, unpack
 
 if TYPE_CHECKING:
     import torch
@@ -136,13 +136,15 @@ def group_round(
     grouping: Grouping = ALONE,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> list[Played]:
-    """Play one round of several clients, who share passes as ``grouping`` allows.
+    """Play one round of several clients, who share passes as ``grouping`` allows; or a later phase.
 
     Nothing is changed before the end, so it can be repeated. A client whose training does not stay
     finite has no reply. Raises ``WireError`` for messages that are no broadcasts of one round.
     """
     from fedpeft.stacking import unstack
 
+    if any("phase" in peek(a.message) for a in asked):
+        return [_answered(plan, site, a) for a in asked]
     received = [receive(plan, site, a.client, a.message, a.memory) for a in asked]
     if len({got.round for got in received}) > 1:
         raise WireError("messages are of different rounds")
@@ -164,7 +166,8 @@ def _job(plan: Plan, site: Client, clients: Sequence[str], received: Sequence[Re
     from fedpeft.stacking import stack
 
     round = received[0].round
-    roles, up = site.tables.roles(round), site.tables.up(round)["adapter"]
+    roles = site.tables.roles(round)
+    up = [name for name in site.tables.shapes if name in roles.up]
     device, shapes = site.learner.device, site.tables.shapes
     constants = stack(_constants(plan, received, up, shapes), device)
     stacked = stack(padded([got.tensors for got in received], shapes), device)
@@ -218,6 +221,9 @@ def _finish(
     local = Local(got.tensors, arrived, got.extras, got.kept, fit.lr_sums[at])
     extras_up, corrected = plan.correction.client_update(local)
     sections = {"adapter": sent, **({"control": extras_up} if "control" in up else {})}
+    whole = {**got.tensors, **trained}
+    if "answer" in up and isinstance(plan.aggregator, Asking):
+        sections["answer"] = plan.aggregator.answer(0, whole, {}, _seed(plan, round))
     told_back: dict[str, Scalar] = {
         "run": got.told.get("run", ""),
         "round": round,
@@ -230,8 +236,36 @@ def _finish(
         own = {k: trained[k].copy() for k in sorted(roles.local)}
         news = {**prefixed("local", own), **prefixed("correction", corrected)}
         news |= prefixed("fold", got.remembered)
+        if len(site.tables.phases) > 1:
+            news |= prefixed("trained", {k: np.array(whole[k]) for k in site.tables.shapes})
         memory = memory.after(got.acknowledged, round, news)
     return Played(client, body(sections, up).seal(told_back), memory)
+
+
+def _answered(plan: Plan, site: Client, asked: Asked) -> Played:
+    """Answer what is asked in a later phase of a round, from what was trained in it."""
+    told, phases = peek(asked.message), site.tables.phases
+    phase, round = told.get("phase"), told.get("round")
+    if not isinstance(phase, int) or not 0 < phase < len(phases):
+        raise WireError(f"message is of phase {phase!r}, rounds have {len(phases)}")
+    if not isinstance(round, int) or not isinstance(plan.aggregator, Asking):
+        raise WireError("message asks for nothing that this plan has")
+    trained = select(asked.memory.versions.get(round, {}), "trained")
+    if not trained:
+        why = f"has not trained in round {round}, or lost what it trained"
+        return Played(asked.client, TrainError(why), asked.memory)
+    question, answer = ({k: v} for k, v in zip(("question", "answer"), phases[phase], strict=True))
+    found = unpack(asked.message, question, limit(question)).sections["question"]
+    if shapes_of(found) != phases[phase][0] or not is_finite(found):
+        raise WireError("question has other names or shapes than this plan's, or is not finite")
+    made = plan.aggregator.answer(phase, trained, found, _seed(plan, round))
+    header = {k: told[k] for k in ("run", "round", "phase")}
+    return Played(asked.client, body({"answer": made}, answer).seal(header), asked.memory)
+
+
+def _seed(plan: Plan, round: int) -> int:
+    """Return the aggregator's seed of this round, which all sides know."""
+    return derive_seed(plan.seed, round, "aggregator")
 
 
 def _minus(trained: NDArray[np.float32], received: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from fedpeft.evaluation import evaluated_clients, scored, summarise
 from fedpeft.export import write_adapter
 from fedpeft.federation import Federation, deal
 from fedpeft.models._base import fingerprint
+from fedpeft.phases import Reply
 from fedpeft.plan import Plan
 from fedpeft.preflight import check
 from fedpeft.rng import derive
@@ -220,15 +221,14 @@ def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
     weights = plan.weighting.weigh(cohort, population, plan.cohort.expected(len(names)))
     sent = {"bytes": 0}
 
-    def requests() -> Iterator[tuple[str, Message]]:
-        for client, message in run.messages(state, cohort):
-            sent["bytes"] += message.nbytes
-            yield client, message
+    def ask(requests: Iterable[tuple[str, Message]]) -> Iterator[Reply]:
+        asked = list(requests)
+        sent["bytes"] += sum(message.nbytes for _, message in asked)
+        clients = [client for client, _ in asked]
+        return _in_order(run.engine.exchange(asked), clients, run.watch.client)
 
-    answers = _in_order(run.engine.exchange(requests()), cohort, run.watch.client)
-    after, report = server_round(
-        plan, run.site.tables, state, run.run, population, weights, answers
-    )
+    answers, tables = ask(run.messages(state, cohort)), run.site.tables
+    after, report = server_round(plan, tables, state, run.run, population, weights, answers, ask)
     if report.refused and not report.replied and report.up_bytes:
         client, reason = next(iter(report.refused.items()))
         raise RunError(f"round {state.round}: no reply could be used; {client}: {reason}")

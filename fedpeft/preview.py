@@ -42,6 +42,7 @@ class _Traffic:
         self._plan, self._tables = plan, tables
         self._edits = _edits(plan, tables, clients, cohort)
         self._found: dict[Tables, tuple[Size, Size]] = {}
+        self.asked, self.answered = _later(tables)
         kinds: dict[tuple[frozenset[str], frozenset[str]], list[int]] = {}
         for round in range(plan.rounds):
             roles = tables.roles(round)
@@ -49,7 +50,7 @@ class _Traffic:
         self._rounds = [(rounds[0], len(rounds)) for rounds in kinds.values()]
 
     def of(self, client: str) -> tuple[Size, Size]:
-        """Return the sizes down and up, the mean over rounds where they differ."""
+        """Return the sizes down and up in a first phase, the mean over rounds where they differ."""
         own = self._tables.of(client)
         if own not in self._found:
             down = self._mean(_down, own)
@@ -98,9 +99,10 @@ def _bytes(
     """Return bytes per client (mean, least, most), per round and in total."""
     each = [traffic.of(client) for client in federation.population]
     found: dict[str, Any] = {}
-    for way, sizes in (("down", [d for d, _ in each]), ("up", [u for _, u in each])):
+    for way, more in (("down", traffic.asked), ("up", traffic.answered)):
+        sizes = [one[way == "up"] for one in each]
         exact = exact and all(size.exact for size in sizes)
-        counts = [size.bytes for size in sizes]
+        counts = [size.bytes + more for size in sizes]
         mean = sum(counts) / len(counts)
         found |= {
             f"{way}_per_client": round(mean),
@@ -167,12 +169,23 @@ def _up(plan: Plan, tables: Tables, round: int) -> Size:
     }
 
     def packed(kind: int) -> int:
-        sections = {"adapter": _encoded(plan.uplink, expected["adapter"], kind)}
-        if "control" in expected:
-            sections["control"] = _filled(expected["control"], kind)
+        sections = {name: _filled(shapes, kind) for name, shapes in expected.items()}
+        sections["adapter"] = _encoded(plan.uplink, expected["adapter"], kind)
         return body(sections, expected).seal(told).nbytes
 
     return _measured(packed)
+
+
+def _later(tables: Tables) -> tuple[int, int]:
+    """Return the bytes of the questions and of the answers of all phases but the first."""
+    told: dict[str, Scalar] = {"run": _RUN, "round": 0, "phase": 1}
+    found = [0, 0]
+    for phase in tables.phases[1:]:
+        for way, shapes in enumerate(phase):
+            expected = {("question", "answer")[way]: shapes}
+            filled = {section: _filled(shapes, 0) for section in expected}
+            found[way] += body(filled, expected).seal(told).nbytes
+    return found[0], found[1]
 
 
 def _measured(packed: Any) -> Size:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from fedpeft import folds
 from fedpeft.errors import PlanError
 from fedpeft.plan import Plan
 from fedpeft.tensors import narrowed, shapes_of, size
-from fedpeft.types import Folding, Narrowing, Restarting, Roles, Shapes, Tensors
+from fedpeft.types import Asking, Folding, Narrowing, Restarting, Roles, Shapes, Tensors
 from fedpeft.wire import Body, Message, unpack
 
 
@@ -88,10 +88,20 @@ class Tables:
     def up(self, round: int) -> dict[str, Shapes]:
         """What a reply of ``round`` holds."""
         if self._up[0] != round:
-            up = self.roles(round).up
+            aggregator, up = self._plan.aggregator, self.roles(round).up
+            if isinstance(aggregator, Asking):
+                up -= {*aggregator.instead(self.shapes)}
             shared = {k: s for k, s in self.shapes.items() if k in up}
-            self._up = round, _sections(shared, self._plan.correction.extras_up(shared))
+            found = _sections(shared, self._plan.correction.extras_up(shared))
+            answer = self.phases[0][1]
+            self._up = round, found | ({"answer": answer} if answer else {})
         return self._up[1]
+
+    @property
+    def phases(self) -> Sequence[tuple[Shapes, Shapes]]:
+        """Questions and answers of each phase; one without either where nothing is asked."""
+        aggregator = self._plan.aggregator
+        return aggregator.phases(self.shapes) if isinstance(aggregator, Asking) else [({}, {})]
 
     def _narrower(self, shapes: Shapes) -> Tables:
         if "control" in self.down(0) or "control" in self.up(0):
@@ -131,7 +141,8 @@ class Tables:
     @property
     def remembers(self) -> bool:
         """Whether clients keep memory under this plan."""
-        return self._plan.correction.remembers or bool(self.roles(0).local)
+        asked_again = len(self.phases) > 1
+        return self._plan.correction.remembers or bool(self.roles(0).local) or asked_again
 
 
 def _sections(adapter: Shapes, control: Shapes) -> dict[str, Shapes]:

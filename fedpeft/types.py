@@ -111,6 +111,8 @@ class Weights:
 class Update:
     """What the server holds of one client: decoded, checked, ``delta = trained - received``.
 
+    ``answer`` is what it says where the aggregator is :class:`Asking`.
+
     ``lr_sum`` adds up the learning rates of the local steps (steps x lr when constant). A client
     that has only the first entries of some tensors (mixed ranks) was ``sent`` those: it trained
     them and nothing else, so the rest of its ``delta`` is zero. What began anew counts as sent.
@@ -123,6 +125,7 @@ class Update:
     extras: Tensors = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
     sent: Sent | None = None
+    answer: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -567,6 +570,39 @@ class Aggregator(Protocol):
 
         The step's ``delta`` names what was ``sent.moving``, but for what it replaces.
         """
+        ...
+
+
+@runtime_checkable
+class Asking(Protocol):
+    """What an aggregator has besides that adds up functions of what clients trained.
+
+    Some tensors do not travel up; instead each client answers, in one or more phases of the round,
+    with what :meth:`answer` makes of them. The server looks at weighted sums of answers alone.
+    """
+
+    def instead(self, shapes: Shapes) -> Collection[str]:
+        """Return the tensors that do not travel up."""
+        ...
+
+    def phases(self, shapes: Shapes) -> Sequence[tuple[Shapes, Shapes]]:
+        """Return the shapes of each phase's question and answer; the first has no question."""
+        ...
+
+    def answer(self, phase: int, trained: Tensors, question: Tensors, seed: int) -> Tensors:
+        """Return a client's answer, float32, linear in the products that it has.
+
+        ``trained`` is the whole adapter as it came out, or as it was sent for those who are
+        missing. ``seed`` belongs to this round and is known to all.
+        """
+        ...
+
+    def ask(self, sums: Sequence[Tensors], sent: Sent) -> Tensors:
+        """Return the question of phase ``len(sums)``, float32."""
+        ...
+
+    def settle(self, sums: Sequence[Tensors], sent: Sent) -> Tensors:
+        """Return new values for the tensors that did not travel, from all sums, float64."""
         ...
 
 
