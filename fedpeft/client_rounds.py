@@ -69,10 +69,9 @@ class Received:
     remembered: Tensors
 
 
-def receive(
-    plan: Plan, site: Client, client: str, message: Message | bytes, memory: Memory
-) -> Received:
-    """Decode a broadcast. Raises ``WireError`` for a message that is none."""
+def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Received:
+    """Decode a broadcast, for ``training`` or for use. Raises ``WireError`` for another message."""
+    client, message, memory = asked.client, asked.message, asked.memory
     told = peek(message)
     try:
         round, acknowledged = int(told["round"]), int(told["ack"])
@@ -80,7 +79,7 @@ def receive(
         raise WireError("message is no broadcast: its header lacks round and ack") from None
     if not 0 <= round < plan.rounds + 1:
         raise WireError(f"message is of round {round}, the plan has {plan.rounds}")
-    tables = site.tables.of(client)
+    tables = site.tables.of(client, round if training else None)
     came = tables.decode(message, round)
     keep = bool(told.get("keep"))
     kept = memory.at(acknowledged, client) if keep or site.tables.remembers else {}
@@ -145,7 +144,7 @@ def group_round(
 
     if any("phase" in peek(a.message) for a in asked):
         return [_answered(plan, site, a) for a in asked]
-    received = [receive(plan, site, a.client, a.message, a.memory) for a in asked]
+    received = [receive(plan, site, a, training=True) for a in asked]
     if len({got.round for got in received}) > 1:
         raise WireError("messages are of different rounds")
     budgets = [plan.trainer.budget(len(site.train(a.client)))[0] for a in asked]
@@ -209,7 +208,7 @@ def _finish(
 ) -> Played:
     """Subtract, encode and remember: what client ``at`` of ``fit`` does with what it trained."""
     client, round, memory = asked.client, got.round, asked.memory
-    roles, up = site.tables.roles(round), site.tables.of(client).up(round)
+    roles, up = site.tables.roles(round), site.tables.of(client, round).up(round)
     if not np.isfinite(fit.losses[at]):
         why = "its loss is not finite: training diverged; lower the trainer's lr, or set clip"
         return Played(client, TrainError(why), memory)

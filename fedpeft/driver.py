@@ -106,10 +106,12 @@ class _Run:
     run: str
     history: list[Line] = field(default_factory=list)
 
-    def messages(self, state: ServerState, clients: Iterable[str]) -> Iterator[tuple[str, Message]]:
+    def messages(
+        self, state: ServerState, clients: Iterable[str], *, training: bool
+    ) -> Iterator[tuple[str, Message]]:
         """Yield what each client is sent."""
-        tables, remote = self.site.tables, self.engine.remote
-        return messages(self.plan, tables, state, self.run, clients, remote=remote)
+        how = {"remote": self.engine.remote, "training": training}
+        return messages(self.plan, self.site.tables, state, self.run, clients, **how)
 
 
 def input_digests(plan: Plan, federation: Federation) -> tuple[str, ...]:
@@ -227,7 +229,7 @@ def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
         clients = [client for client, _ in asked]
         return _in_order(run.engine.exchange(asked), clients, run.watch.client)
 
-    answers, tables = ask(run.messages(state, cohort)), run.site.tables
+    answers, tables = ask(run.messages(state, cohort, training=True)), run.site.tables
     after, report = server_round(plan, tables, state, run.run, population, weights, answers, ask)
     if report.refused and not report.replied and report.up_bytes:
         client, reason = next(iter(report.refused.items()))
@@ -270,7 +272,7 @@ def _evaluate_clients(run: _Run, state: ServerState) -> dict[str, Any]:
 
     def requests() -> Iterator[tuple[str, Message]]:
         asked = evaluated_clients(run.plan, list(run.engine.population()))
-        for client, message in run.messages(state, asked):
+        for client, message in run.messages(state, asked, training=False):
             sent["bytes"] += message.nbytes
             yield client, message
 

@@ -42,26 +42,39 @@ class _Traffic:
         self._plan, self._tables = plan, tables
         self._edits = _edits(plan, tables, clients, cohort)
         self._found: dict[Tables, tuple[Size, Size]] = {}
+        self._used: dict[Tables, Size] = {}
         self.asked, self.answered = _later(tables)
-        kinds: dict[tuple[frozenset[str], frozenset[str]], list[int]] = {}
-        for round in range(plan.rounds):
-            roles = tables.roles(round)
-            kinds.setdefault((roles.down, roles.up), []).append(round)
-        self._rounds = [(rounds[0], len(rounds)) for rounds in kinds.values()]
 
     def of(self, client: str) -> tuple[Size, Size]:
         """Return the sizes down and up in a first phase, the mean over rounds where they differ."""
         own = self._tables.of(client)
         if own not in self._found:
-            down = self._mean(_down, own)
-            down = Size(down.bytes + self._edits, down.exact and not self._tables.folds)
-            self._found[own] = down, self._mean(_up, own)
+            down = self._with_edits(self._mean(_down, client))
+            self._found[own] = down, self._mean(_up, client)
         return self._found[own]
 
-    def _mean(self, measure: Callable[[Plan, Tables, int], Size], own: Tables) -> Size:
-        found = [(measure(self._plan, own, round), often) for round, often in self._rounds]
-        total = sum(often * size.bytes for size, often in found)
-        return Size(round(total / self._plan.rounds), all(size.exact for size, _ in found))
+    def evaluating(self, client: str) -> Size:
+        """Return the size of what a client is sent to evaluate, about the mean over rounds."""
+        own = self._tables.of(client)
+        if own not in self._used:
+            self._used[own] = self._with_edits(_down(self._plan, own, 0))
+        return self._used[own]
+
+    def _with_edits(self, down: Size) -> Size:
+        return Size(down.bytes + self._edits, down.exact and not self._tables.folds)
+
+    def _mean(self, measure: Callable[[Plan, Tables, int], Size], client: str) -> Size:
+        """Return the mean over rounds; those in which the same travels are measured once."""
+        sizes: dict[tuple[Tables, frozenset[str], frozenset[str]], Size] = {}
+        total = 0
+        for at in range(self._plan.rounds):
+            own = self._tables.of(client, at)
+            roles = own.roles(at)
+            kind = own, roles.down, roles.up
+            if kind not in sizes:
+                sizes[kind] = measure(self._plan, own, at)
+            total += sizes[kind].bytes
+        return Size(round(total / self._plan.rounds), all(s.exact for s in sizes.values()))
 
 
 def preview(plan: Plan) -> dict[str, Any]:
@@ -111,7 +124,7 @@ def _bytes(
             f"{way}_per_round": round(cohort * mean),
             f"{way}_total": round(plan.rounds * cohort * mean),
         }
-    evaluated = (traffic.of(client)[0].bytes for client in _evaluated(plan, federation))
+    evaluated = (traffic.evaluating(c).bytes for c in _evaluated(plan, federation))
     return {**found, "evaluation_total": sum(evaluated), "exact": exact}
 
 

@@ -79,18 +79,19 @@ def messages(
     clients: Iterable[str],
     *,
     remote: bool = False,
+    training: bool = True,
 ) -> Iterator[tuple[str, Message]]:
     """Yield what each client of this round is sent; clients that are sent the same share a body.
 
-    Clients that are ``remote`` keep the edits of the base, and are sent those that they missed. To
-    others all of them are at hand: it costs nothing to pass them on, and only what they would have
-    missed is counted.
+    It may be less where they are ``training`` than to use the adapter. Clients that are ``remote``
+    keep the edits of the base, and are sent those that they missed. To others all of them are at
+    hand: it costs nothing to pass them on, and only what they would have missed is counted.
     """
     bodies: dict[tuple[Tables, Sequence[int]], Body] = {}
     nothing = state.fold.held(NEVER)
     for client in clients:
         held = state.fold.held(state.acks.get(client, NEVER))
-        key = tables.of(client), held if remote else nothing
+        key = tables.of(client, state.round if training else None), held if remote else nothing
         if key not in bodies:
             bodies[key] = broadcast(plan, key[0], state, key[1])
         spared = 0 if remote else state.fold.spared(held)
@@ -213,7 +214,7 @@ class _Intake:
 
     def _its(self, client: str) -> Sent | None:
         """Return what ``client`` was sent and began with, where it is not what all have."""
-        own = self._tables.of(client)
+        own = self._tables.of(client, self._state.round)
         begun = own.begin(client, self._state.round)
         if own is self._tables and not begun:
             return None

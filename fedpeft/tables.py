@@ -33,29 +33,32 @@ class Tables:
     def __init__(self, plan: Plan, shapes: Shapes) -> None:
         self._plan, self.shapes = plan, shapes
         self._narrowing = plan.adapter if isinstance(plan.adapter, Narrowing) else None
-        self._of: dict[str, Tables] = {}
+        self._of: tuple[int | None, dict[str, Tables]] = (None, {})
         self._narrow: dict[tuple[tuple[int, ...], ...], Tables] = {}
         self._part: tuple[Tensors | None, Tensors] = (None, {})
         self._down: tuple[int, dict[str, Shapes]] = (-1, {})
         self._up: tuple[int, dict[str, Shapes]] = (-1, {})
         self._last: tuple[Body | None, Broadcast] = (None, Broadcast({}, {}, {}))
 
-    def of(self, client: str) -> Tables:
+    def of(self, client: str, round: int | None = None) -> Tables:
         """Return the tables of what ``client`` has: these where it has everything.
 
-        Clients that have the same share them. Raises ``PlanError`` for a correction whose control
+        It may have less while it trains in a ``round``. Clients that have the same share them.
+        Raises ``PlanError`` for a correction whose control
         state is that of the whole adapter.
         """
         if self._narrowing is None:
             return self
-        if client not in self._of:
-            shapes = self._narrowing.narrow(self.shapes, client, self._plan.seed)
+        if round != self._of[0]:
+            self._of = round, {}
+        if client not in self._of[1]:
+            shapes = self._narrowing.narrow(self.shapes, client, self._plan.seed, round)
             if shapes is self.shapes:
                 return self
             key = tuple(shapes.values())
             self._narrow[key] = self._narrow.get(key) or self._narrower(shapes)
-            self._of[client] = self._narrow[key]
-        return self._of[client]
+            self._of[1][client] = self._narrow[key]
+        return self._of[1][client]
 
     @property
     def mixed(self) -> bool:

@@ -457,10 +457,11 @@ class Adapter(Protocol):
 class Narrowing(Protocol):
     """What an adapter has besides whose clients may have less than all of it (mixed ranks)."""
 
-    def narrow(self, shapes: Shapes, client: str, seed: int) -> Shapes:
+    def narrow(self, shapes: Shapes, client: str, seed: int, round: int | None) -> Shapes:
         """Return what ``client`` has: of each tensor the first entries along every axis.
 
-        The same object where it has everything. ``seed`` is the plan's.
+        The same object where it has everything. It may have less while it trains in a ``round``
+        than when it uses the adapter (``None``). ``seed`` is the plan's.
         """
         ...
 

@@ -35,6 +35,8 @@ class FedAsk:
     needs: ClassVar[Mapping[str, str]] = {"both-factors": _products.BOTH}
     refuses: ClassVar[Mapping[str, str]] = {
         "entrywise": _products.REPLACES,
+        "resting-ranks": "makes all ranks anew from what was trained, and some were not; use "
+        "aggregator: mean",
         "fresh": "goes on with the factors; set fresh='none' in the adapter, or use "
         "aggregator: stack",
         "reads-updates": "factors do not travel up, only sketches of their product; use "
