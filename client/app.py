@@ -75,7 +75,7 @@ def train(message: Message, context: Context) -> Message:
         client = _addressed(message, federation, context)
         site = _site(plan, settings, federation)
         packet = read_packet(message.content)
-        if not (site.tables.remembers or site.tables.folds):
+        if not (site.tables.keeps or site.tables.folds):
             reply, _ = client_round(plan, site, client, packet, Memory())
             return packet_record(reply)
         folder = _memory(packet)
@@ -83,7 +83,8 @@ def train(message: Message, context: Context) -> Message:
             memory = OnDisk(folder).load(client)
             _check_newest(client, packet, memory)
             reply, after = client_round(plan, site, client, packet, memory)
-            OnDisk(folder).save(client, after)
+            if after is not memory:
+                OnDisk(folder).save(client, after)
         return packet_record(reply)
 
     return answer(message, make)

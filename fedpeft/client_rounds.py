@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 ALONE = Grouping()
 """Every client by itself."""
+_TRAINED = "trained"
+"""What a client keeps of a round until its last phase."""
 
 
 class Client(Protocol):
@@ -220,9 +222,11 @@ def _finish(
     local = Local(got.tensors, arrived, got.extras, got.kept, fit.lr_sums[at])
     extras_up, corrected = plan.correction.client_update(local)
     sections = {"adapter": sent, **({"control": extras_up} if "control" in up else {})}
-    whole = {**got.tensors, **trained}
-    if "answer" in up and isinstance(plan.aggregator, Asking):
-        sections["answer"] = plan.aggregator.answer(0, whole, {}, _seed(plan, round))
+    asking = plan.aggregator if isinstance(plan.aggregator, Asking) else None
+    of = asking.instead(site.tables.shapes) if asking else ()
+    held = {k: trained[k] if k in trained else got.tensors[k] for k in of}
+    if asking and "answer" in up:
+        sections["answer"] = asking.answer(0, held, {}, _seed(plan, round))
     told_back: dict[str, Scalar] = {
         "run": got.told.get("run", ""),
         "round": round,
@@ -231,13 +235,13 @@ def _finish(
         "seen": fit.seen[at],
         "loss": fit.losses[at],
     }
-    if site.tables.remembers or got.remembered:
+    if site.tables.keeps or got.remembered:
         own = {k: trained[k].copy() for k in sorted(roles.local)}
         news = {**prefixed("local", own), **prefixed("correction", corrected)}
         news |= prefixed("fold", got.remembered)
         if len(site.tables.phases) > 1:
-            news |= prefixed("trained", {k: np.array(whole[k]) for k in site.tables.shapes})
-        memory = memory.after(got.acknowledged, round, news)
+            news |= prefixed(_TRAINED, {k: v.copy() for k, v in held.items()})
+        memory = memory.after(got.acknowledged, round, news, once=_TRAINED)
     return Played(client, body(sections, up).seal(told_back), memory)
 
 
@@ -249,7 +253,7 @@ def _answered(plan: Plan, site: Client, asked: Asked) -> Played:
         raise WireError(f"message is of phase {phase!r}, rounds have {len(phases)}")
     if not isinstance(round, int) or not isinstance(plan.aggregator, Asking):
         raise WireError("message asks for nothing that this plan has")
-    trained = select(asked.memory.versions.get(round, {}), "trained")
+    trained = select(asked.memory.versions.get(round, {}), _TRAINED)
     if not trained:
         why = f"has not trained in round {round}, or lost what it trained"
         return Played(asked.client, TrainError(why), asked.memory)
@@ -258,7 +262,7 @@ def _answered(plan: Plan, site: Client, asked: Asked) -> Played:
     if shapes_of(found) != phases[phase][0] or not is_finite(found):
         raise WireError("question has other names or shapes than this plan's, or is not finite")
     made = plan.aggregator.answer(phase, trained, found, _seed(plan, round))
-    header = {k: told[k] for k in ("run", "round", "phase")}
+    header: dict[str, Scalar] = {"run": told.get("run", ""), "round": round, "phase": phase}
     return Played(asked.client, body({"answer": made}, answer).seal(header), asked.memory)
 
 

@@ -46,10 +46,17 @@ class Memory:
             )
         return self.versions[acknowledged]
 
-    def after(self, acknowledged: int, round: int, tensors: Tensors) -> Memory:
-        """Return the memory once ``round`` has written ``tensors``."""
+    def after(self, acknowledged: int, round: int, tensors: Tensors, once: str = "") -> Memory:
+        """Return the memory once ``round`` has written ``tensors``.
+
+        What lies under ``once/`` is of use in that round alone, and is not kept of older ones.
+        """
         kept = sorted(version for version in self.versions if version <= acknowledged)[-2:]
-        return Memory({**{version: self.versions[version] for version in kept}, round: tensors})
+        older: dict[int, Tensors] = {}
+        for version in kept:
+            held = self.versions[version]
+            older[version] = {k: v for k, v in held.items() if k.partition("/")[0] != once}
+        return Memory({**older, round: tensors})
 
 
 class MemoryStore(Protocol):

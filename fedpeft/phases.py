@@ -1,23 +1,21 @@
 """The phases of a round after its first: the server asks, clients answer with what they trained.
 
-Only weighted sums of answers are looked at. A client that is missing in a phase counts as one that
-did not move: its answer follows from what was sent.
+Only weighted sums of answers are looked at. A client that is missing in a phase is not asked again
+in that round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedpeft.errors import PlanError, WireError
-from fedpeft.plan import Plan
 from fedpeft.tables import limit
 from fedpeft.tensors import is_within, shapes_of
-from fedpeft.types import Asking, Scalar, Sent, Shapes, Tensors, Weights
+from fedpeft.types import Asking, Scalar, Sent, Shapes, Sum, Tensors, Weights
 from fedpeft.wire import Message, body, unpack
 
 Reply: TypeAlias = "tuple[str, Message | bytes | Exception]"
@@ -28,25 +26,29 @@ _LARGEST = 1e15
 """No honest answer is larger."""
 
 
-@dataclass
-class Sum:
-    """A weighted sum of answers, float64, and the share of the clients in it."""
+class Adding:
+    """A sum of answers under way: memory of one."""
 
-    total: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    share: float = 0.0
+    def __init__(self, shapes: Shapes, weights: Weights) -> None:
+        self._total = {name: np.zeros(shape) for name, shape in shapes.items()}
+        self._share, self._weights = 0.0, weights
 
-    def add(self, share: float, answer: Tensors) -> None:
+    def add(self, client: str, answer: Tensors) -> None:
         """Add a client's answer."""
-        self.share += share
+        share = self._weights.of[client] / self._weights.denominator
+        self._share += share
         for name, value in answer.items():
-            self.total[name] = self.total.get(name, 0) + share * value.astype(np.float64)
+            self._total[name] += share * value.astype(np.float64)
+
+    def done(self) -> Sum:
+        """Return the sum."""
+        return Sum(self._total, self._share)
 
 
 @dataclass(frozen=True)
 class Later:
     """What the server needs to ask on: ``asking`` is the plan's aggregator."""
 
-    plan: Plan
     asking: Asking
     phases: Sequence[tuple[Shapes, Shapes]]
     told: Mapping[str, Scalar]
@@ -58,47 +60,49 @@ class Later:
     ) -> Tensors:
         """Ask ``clients`` phase by phase; return new values of what did not travel.
 
-        ``note`` is told of each reply's client and bytes, and why it could not be used or nothing.
+        There are none where nobody answers. ``note`` is told of each reply's client and bytes, and
+        why it could not be used or nothing.
         """
-        sums, left = [self._whole(0, first, {})], list(clients)
-        for phase, (expected, _) in enumerate(self.phases[1:], 1):
+        sums, left = [first], list(clients)
+        for phase, (expected, made) in enumerate(self.phases[1:], 1):
+            if not left:
+                break
             question = self.asking.ask(sums, self.sent)
             if shapes_of(question) != expected:
                 raise PlanError("aggregator: asks with other names or shapes than it says")
-            found = Sum()
             packed = body({"question": question}, {"question": expected})
             header = {**self.told, "phase": phase}
+            found, waiting, answered = Adding(made, self.weights), {*left}, list[str]()
             for client, reply in ask((client, packed.seal(header)) for client in left):
+                nbytes = 0 if isinstance(reply, Exception) else _size(reply)
                 try:
-                    nbytes, answer = self._read(phase, reply)
+                    if client not in waiting:
+                        raise WireError("a second answer, or one that was not asked for")
+                    waiting.remove(client)
+                    answer = self._read(phase, reply)
                 except WireError as error:
-                    note(client, 0, str(error))
+                    note(client, nbytes, f"phase {phase}: {error}")
                     continue
                 note(client, nbytes, "")
-                found.add(self.weights.of[client] / self.weights.denominator, answer)
-            sums.append(self._whole(phase, found, question))
-        return self.asking.settle(sums, self.sent)
+                answered.append(client)
+                found.add(client, answer)
+            sums.append(found.done())
+            left = answered
+        return self.asking.settle(sums, self.sent) if left else {}
 
-    def _whole(self, phase: int, found: Sum, question: Tensors) -> Tensors:
-        """Return a sum in which those who are missing did not move."""
-        held = {**self.sent.still, **self.sent.moving}
-        still = self.asking.answer(phase, held, question, self.sent.seed)
-        found.add(1 - found.share, still)
-        return found.total
-
-    def _read(self, phase: int, reply: Message | bytes | Exception) -> tuple[int, Tensors]:
-        """Return a reply's bytes and its answer. Raises ``WireError``."""
+    def _read(self, phase: int, reply: Message | bytes | Exception) -> Tensors:
+        """Return a reply's answer. Raises ``WireError``."""
         if isinstance(reply, Exception):
             raise WireError(str(reply))
         expected = {"answer": self.phases[phase][1]}
         packet = unpack(reply, expected, limit(expected))
-        if any(packet.header.get(k) != self.told[k] for k in ("run", "round")):
-            raise WireError("answer belongs to another round")
-        if packet.header.get("phase") != phase:
-            raise WireError(f"answers phase {packet.header.get('phase')}, asked was {phase}")
-        answer = packet.sections["answer"]
-        check_answer(answer, expected["answer"])
-        return len(reply) if isinstance(reply, bytes) else reply.nbytes, answer
+        told = packet.header
+        if any(told.get(k) != self.told[k] for k in ("run", "round")):
+            raise WireError(f"answer belongs to run {told.get('run')}, round {told.get('round')}")
+        if told.get("phase") != phase:
+            raise WireError(f"answers phase {told.get('phase')}")
+        check_answer(packet.sections["answer"], expected["answer"])
+        return packet.sections["answer"]
 
 
 def check_answer(answer: Tensors, expected: Shapes) -> None:
@@ -113,3 +117,7 @@ def nobody(_: Iterable[tuple[str, Message]]) -> Iterator[Reply]:
     """Bring no question to anybody."""
     raise PlanError("aggregator: asks clients again, and nobody brings them the question")
     yield
+
+
+def _size(reply: Message | bytes) -> int:
+    return len(reply) if isinstance(reply, bytes) else reply.nbytes

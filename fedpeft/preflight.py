@@ -15,7 +15,7 @@ from fedpeft.models._locate import file_of, locate
 from fedpeft.models._outline import Outline, outline
 from fedpeft.plan import Plan
 from fedpeft.spec import nearest
-from fedpeft.types import Narrowing, Shapes
+from fedpeft.types import Asking, Narrowing, Shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,11 @@ def check(plan: Plan) -> Preflight:
         shapes = plan.adapter.shapes(found)
     except FedPeftError as error:
         raise type(error)(f"adapter: {error}") from error
+    if isinstance(plan.aggregator, Asking):
+        try:
+            plan.aggregator.phases(shapes)
+        except FedPeftError as error:
+            raise type(error)(f"aggregator: {error}") from error
     try:
         plan.task.encode([], None, found.limit, federation.classes)
     except FedPeftError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -96,11 +97,11 @@ class Tables:
                 up -= {*aggregator.instead(self.shapes)}
             shared = {k: s for k, s in self.shapes.items() if k in up}
             found = _sections(shared, self._plan.correction.extras_up(shared))
-            answer = self.phases[0][1]
+            _, answer = self.phases[0]
             self._up = round, found | ({"answer": answer} if answer else {})
         return self._up[1]
 
-    @property
+    @cached_property
     def phases(self) -> Sequence[tuple[Shapes, Shapes]]:
         """Questions and answers of each phase; one without either where nothing is asked."""
         aggregator = self._plan.aggregator
@@ -141,11 +142,15 @@ class Tables:
         """Whether rounds edit the base."""
         return isinstance(self._plan.aggregator, Folding)
 
-    @property
+    @cached_property
     def remembers(self) -> bool:
-        """Whether clients keep memory under this plan."""
-        asked_again = len(self.phases) > 1
-        return self._plan.correction.remembers or bool(self.roles(0).local) or asked_again
+        """Whether clients need what they kept in earlier rounds."""
+        return self._plan.correction.remembers or bool(self.roles(0).local)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether clients keep anything: for later rounds, or for the later phases of one."""
+        return self.remembers or len(self.phases) > 1
 
 
 def _sections(adapter: Shapes, control: Shapes) -> dict[str, Shapes]:

@@ -142,6 +142,14 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
+class Sum:
+    """A weighted sum of answers, float64, and the ``share`` of the denominator that is in it."""
+
+    total: Tensors
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """What an aggregator makes of a cohort: one direction for the server optimizer.
 
@@ -579,7 +587,9 @@ class Asking(Protocol):
     """What an aggregator has besides that adds up functions of what clients trained.
 
     Some tensors do not travel up; instead each client answers, in one or more phases of the round,
-    with what :meth:`answer` makes of them. The server looks at weighted sums of answers alone.
+    with what :meth:`answer` makes of them. The server looks at weighted sums of answers alone; no
+    codec is applied to questions and answers. Where nobody answers in a phase, those tensors stay
+    as they were.
     """
 
     def instead(self, shapes: Shapes) -> Collection[str]:
@@ -591,19 +601,21 @@ class Asking(Protocol):
         ...
 
     def answer(self, phase: int, trained: Tensors, question: Tensors, seed: int) -> Tensors:
-        """Return a client's answer, float32, linear in the products that it has.
+        """Return a client's answer, float32, from what it ``trained`` of :meth:`instead`.
 
-        ``trained`` is the whole adapter as it came out, or as it was sent for those who are
-        missing. ``seed`` belongs to this round and is known to all.
+        ``seed`` belongs to this round and is known to all.
         """
         ...
 
-    def ask(self, sums: Sequence[Tensors], sent: Sent) -> Tensors:
+    def ask(self, sums: Sequence[Sum], sent: Sent) -> Tensors:
         """Return the question of phase ``len(sums)``, float32."""
         ...
 
-    def settle(self, sums: Sequence[Tensors], sent: Sent) -> Tensors:
-        """Return new values for the tensors that did not travel, from all sums, float64."""
+    def settle(self, sums: Sequence[Sum], sent: Sent) -> Tensors:
+        """Return new values for the tensors that did not travel, from the sums of all phases.
+
+        What their shares lack of 1 is that of clients who did not answer, or not any more.
+        """
         ...
 
 

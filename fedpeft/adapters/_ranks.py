@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -14,6 +15,8 @@ from fedpeft import lowrank
 from fedpeft.errors import PlanError, SpecError
 from fedpeft.rng import derive
 from fedpeft.types import Shapes
+
+_RANGE = re.compile(r"\s*(\d+)\s*\.\.\s*(\d+)\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,9 @@ class Ranks:
         """
         if self.least is not None:
             most = max(self.known)
-            drawn = derive(seed, "rank", round or 0).integers(self.least, most + 1)
-            return most if round is None else int(drawn)
+            if round is None:
+                return most
+            return int(derive(seed, "rank", round).integers(self.least, most + 1))
         if client in self.named:
             return self.named[client]
         if not self.drawn:
@@ -77,11 +81,11 @@ def parse(text: str) -> Ranks:
 
     Raises ``SpecError`` naming the entry.
     """
-    least, dots, most = (part.strip() for part in text.partition(".."))
-    if dots:
-        if not (least.isdecimal() and most.isdecimal() and 0 < int(least) < int(most)):
-            raise _unreadable(text, text)
-        return Ranks({}, [(int(most), 1.0)], int(least))
+    if found := _RANGE.fullmatch(text):
+        least, most = map(int, found.groups())
+        if not 0 < least < most:
+            raise _unreadable(text, text.strip())
+        return Ranks({}, [(most, 1.0)], least)
     named, drawn = dict[str, int](), list[tuple[int, float]]()
     for entry in text.split(","):
         name, is_named, rest = (part.strip() for part in entry.rpartition("="))

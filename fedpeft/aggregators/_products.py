@@ -27,6 +27,10 @@ REPLACES = (
     "the factors are made anew in each round, so steps of their entries have no meaning; "
     "use optimizer: sgd with its defaults"
 )
+ALL_RANKS = (
+    "makes all ranks anew in each round, and those that rest must stay as they are; "
+    "use aggregator: mean"
+)
 
 
 def refactored(

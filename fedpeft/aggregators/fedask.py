@@ -10,23 +10,24 @@ import numpy as np
 from fedpeft import lowrank
 from fedpeft.aggregators import _products
 from fedpeft.aggregators.mean import Mean
+from fedpeft.errors import PlanError
 from fedpeft.lowrank import Product
 from fedpeft.rng import derive
 from fedpeft.spec import bounded, method
-from fedpeft.types import Sent, Shapes, Step, Tensors, Update, Weights
+from fedpeft.types import Sent, Shapes, Step, Sum, Tensors, Update, Weights
 
 
 @method
 class FedAsk:
     """The mean of the products by two sketches, of which the server sees nothing but the sums.
 
-    With ``W`` the weighted mean of ``B_k A_k``, clients first send ``B_k (A_k S)``, S [n, width]
+    With ``W`` the weighted sum of ``B_k A_k``, clients first send ``B_k (A_k S)``, S [n, width]
     being Gaussian and known to all; of the sum, which is ``W S``, the server makes an orthonormal
     basis ``Q`` [m, width] and asks for ``(Q^T B_k) A_k``. ``Q Q^T W`` is cut to the adapter's rank,
     the singular values split between both factors. Exact up to this cut where ``width`` is at least
     the rank of ``W``: the sum of the clients' ranks, or one client's where a factor is common. All
-    that is no factor is a weighted mean. A client that is missing counts as what was sent. Memory
-    of one answer.
+    that is no factor is a weighted mean. A client that is missing, in either phase, counts as the
+    product that was sent; without any answer the factors stay. Memory of one answer.
     """
 
     width: int = bounded(default=16, low=1)
@@ -35,8 +36,7 @@ class FedAsk:
     needs: ClassVar[Mapping[str, str]] = {"both-factors": _products.BOTH}
     refuses: ClassVar[Mapping[str, str]] = {
         "entrywise": _products.REPLACES,
-        "resting-ranks": "makes all ranks anew from what was trained, and some were not; use "
-        "aggregator: mean",
+        "resting-ranks": _products.ALL_RANKS,
         "fresh": "goes on with the factors; set fresh='none' in the adapter, or use "
         "aggregator: stack",
         "reads-updates": "factors do not travel up, only sketches of their product; use "
@@ -52,11 +52,19 @@ class FedAsk:
         return [name for m in lowrank.modules(shapes) for name in lowrank.factors(m)]
 
     def phases(self, shapes: Shapes) -> Sequence[tuple[Shapes, Shapes]]:
-        """Two: nothing and ``W S`` [m, width], then ``Q`` [m, width] and ``Q^T W`` [width, n]."""
+        """Two: nothing and ``W S`` [m, width], then ``Q`` [m, width] and ``Q^T W`` [width, n].
+
+        Raises ``PlanError`` for a width below the adapter's rank.
+        """
         tall, wide = dict[str, tuple[int, ...]](), dict[str, tuple[int, ...]]()
         for module in lowrank.modules(shapes):
             a, b = lowrank.factors(module)
-            m, n = shapes[b][0], shapes[a][1]
+            rank, m, n = shapes[a][0], shapes[b][0], shapes[a][1]
+            if self.width < rank:
+                raise PlanError(
+                    f"fedask: width={self.width} is below the adapter's rank {rank}, and ranks "
+                    f"that are cut off would never move again; set width={rank} or more"
+                )
             tall[module], wide[module] = (m, self._width(m, n)), (self._width(m, n), n)
         return [({}, tall), (tall, wide)]
 
@@ -75,21 +83,29 @@ class FedAsk:
             found[module] = made.astype(np.float32)
         return found
 
-    def ask(self, sums: Sequence[Tensors], sent: Sent) -> Tensors:
+    def ask(self, sums: Sequence[Sum], sent: Sent) -> Tensors:
         """Return an orthonormal basis of each module's ``W S``."""
-        return {k: np.linalg.qr(v)[0].astype(np.float32) for k, v in sums[0].items()}
+        return {k: _basis(v).astype(np.float32) for k, v in sums[0].total.items()}
 
-    def settle(self, sums: Sequence[Tensors], sent: Sent) -> Tensors:
+    def settle(self, sums: Sequence[Sum], sent: Sent) -> Tensors:
         """Decompose each module's ``Q (Q^T W)``; one that is zero keeps its factors."""
         replaced, held = dict[str, np.ndarray](), {**sent.still, **sent.moving}
-        for module, small in sums[1].items():
+        missing = 1 - sums[1].share
+        for module, small in sums[1].total.items():
             before = lowrank.product(held, module)
-            basis = np.linalg.qr(sums[0][module])[0]
+            parts = [(1.0, Product(_basis(sums[0].total[module]), small))]
+            if abs(missing) > _products.NOTHING:
+                parts.append((missing, before))
             found = before
-            if small.any():
-                found = lowrank.cut(lowrank.svd(Product(basis, small)), before.rank, "split")
+            if any(part.b.any() and part.a.any() for _, part in parts):
+                whole = lowrank.svd(lowrank.total(parts), before.rank)
+                found = lowrank.cut(whole, before.rank, "split")
             replaced |= lowrank.named(module, found)
         return replaced
 
     def _width(self, m: int, n: int) -> int:
         return min(self.width, m, n)
+
+
+def _basis(sketch: np.ndarray) -> np.ndarray:
+    return np.linalg.qr(sketch)[0]

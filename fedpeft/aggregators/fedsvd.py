@@ -29,7 +29,10 @@ class FedSvd:
         "both-factors": _products.BOTH,
         "one-factor": "needs a factor common to all clients; use lora(train='B', send='both')",
     }
-    refuses: ClassVar[Mapping[str, str]] = {"entrywise": _products.REPLACES}
+    refuses: ClassVar[Mapping[str, str]] = {
+        "entrywise": _products.REPLACES,
+        "resting-ranks": _products.ALL_RANKS,
+    }
 
     def reduce(self, updates: Iterable[Update], sent: Sent, weights: Weights) -> Step:
         """Average, then decompose each module's product by QR of its factors."""

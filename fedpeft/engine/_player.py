@@ -79,8 +79,8 @@ class Player:
         for part in self._windows(requests):
             asked = [self._asked(*request) for request in part]
             play = partial(group_round, self._site.plan, self._site, asked, on_step=self._on_step)
-            for played in self._sharing(asked[0].client, play):
-                if self._site.tables.remembers and isinstance(played.reply, Message):
+            for one, played in zip(asked, self._sharing(asked[0].client, play), strict=True):
+                if played.memory is not one.memory and isinstance(played.reply, Message):
                     self._memories.save(played.client, played.memory)
                 yield played.client, played.reply
 
