@@ -1,7 +1,7 @@
 """The phases of a round after its first: the server asks, clients answer with what they trained.
 
-Only weighted sums of answers are looked at. A client that is missing in a phase is not asked again
-in that round.
+Only weighted sums of answers are looked at. A client that is missing in a phase counts as one that
+did not move, whose answer follows from what was sent, and is not asked again in that round.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from fedpeft.errors import PlanError, WireError
 from fedpeft.tables import limit
 from fedpeft.tensors import is_within, shapes_of
-from fedpeft.types import Asking, Scalar, Sent, Shapes, Sum, Tensors, Weights
+from fedpeft.types import Asking, Scalar, Sent, Shapes, Tensors, Weights
 from fedpeft.wire import Message, body, unpack
 
 Reply: TypeAlias = "tuple[str, Message | bytes | Exception]"
@@ -26,8 +26,8 @@ _LARGEST = 1e15
 """No honest answer is larger."""
 
 
-class Adding:
-    """A sum of answers under way: memory of one."""
+class Sum:
+    """A weighted sum of answers, float64: memory of one."""
 
     def __init__(self, shapes: Shapes, weights: Weights) -> None:
         self._total = {name: np.zeros(shape) for name, shape in shapes.items()}
@@ -40,9 +40,14 @@ class Adding:
         for name, value in answer.items():
             self._total[name] += share * value.astype(np.float64)
 
-    def done(self) -> Sum:
-        """Return the sum."""
-        return Sum(self._total, self._share)
+    @property
+    def missing(self) -> float:
+        """The share of those who did not answer."""
+        return 1 - self._share
+
+    def filled(self, still: Tensors) -> Tensors:
+        """Return the sum in which those who are missing answer ``still``."""
+        return {k: v + self.missing * still[k].astype(np.float64) for k, v in self._total.items()}
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Later:
         There are none where nobody answers. ``note`` is told of each reply's client and bytes, and
         why it could not be used or nothing.
         """
-        sums, left = [first], list(clients)
+        sums, left = [self._whole(0, first, {})], list(clients)
         for phase, (expected, made) in enumerate(self.phases[1:], 1):
             if not left:
                 break
@@ -72,7 +77,7 @@ class Later:
                 raise PlanError("aggregator: asks with other names or shapes than it says")
             packed = body({"question": question}, {"question": expected})
             header = {**self.told, "phase": phase}
-            found, waiting, answered = Adding(made, self.weights), {*left}, list[str]()
+            found, waiting, answered = Sum(made, self.weights), {*left}, list[str]()
             for client, reply in ask((client, packed.seal(header)) for client in left):
                 nbytes = 0 if isinstance(reply, Exception) else _size(reply)
                 try:
@@ -86,9 +91,15 @@ class Later:
                 note(client, nbytes, "")
                 answered.append(client)
                 found.add(client, answer)
-            sums.append(found.done())
+            sums.append(self._whole(phase, found, question))
             left = answered
         return self.asking.settle(sums, self.sent) if left else {}
+
+    def _whole(self, phase: int, found: Sum, question: Tensors) -> Tensors:
+        """Return a sum in which those who are missing did not move."""
+        held = {**self.sent.still, **self.sent.moving}
+        of = {k: held[k] for k in self.asking.instead(shapes_of(held))}
+        return found.filled(self.asking.answer(phase, of, question, self.sent.seed))
 
     def _read(self, phase: int, reply: Message | bytes | Exception) -> Tensors:
         """Return a reply's answer. Raises ``WireError``."""

@@ -16,7 +16,7 @@ from fedpeft.admission import admit, printable
 from fedpeft.errors import PlanError, RunError, WireError
 from fedpeft.folds import Fold
 from fedpeft.memory import NEVER
-from fedpeft.phases import Adding, Ask, Later, Reply, nobody
+from fedpeft.phases import Ask, Later, Reply, Sum, nobody
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
 from fedpeft.tables import Tables
@@ -145,7 +145,7 @@ def server_round(
         pass
     if isinstance(plan.aggregator, Asking):
         later = Later(plan.aggregator, tables.phases, intake.told, weights, sent)
-        settled = later.settled(intake.answers.done(), intake.names, ask, intake.note)
+        settled = later.settled(intake.answers, intake.names, ask, intake.note)
         step = replace(step, replaced={k: v.astype(np.float32) for k, v in settled.items()})
     params, slots = _stepped(plan, tables, state, step)
     acks = {**state.acks, **dict.fromkeys(intake.names, state.round)}
@@ -171,7 +171,7 @@ class _Intake:
         self._population, self._weights = population, weights
         self.told: Mapping[str, Scalar] = {"run": run, "round": state.round}
         self.control, self.up_bytes = state.control, 0
-        self.answers = Adding(tables.phases[0][1], weights)
+        self.answers = Sum(tables.phases[0][1], weights)
         self.refused: dict[str, str] = {}
         self.used: list[Update] = []
         self._answered: set[str] = set()

@@ -142,14 +142,6 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
-class Sum:
-    """A weighted sum of answers, float64, and the ``share`` of the denominator that is in it."""
-
-    total: Tensors
-    share: float
-
-
-@dataclass(frozen=True, slots=True)
 class Step:
     """What an aggregator makes of a cohort: one direction for the server optimizer.
 
@@ -588,8 +580,8 @@ class Asking(Protocol):
 
     Some tensors do not travel up; instead each client answers, in one or more phases of the round,
     with what :meth:`answer` makes of them. The server looks at weighted sums of answers alone; no
-    codec is applied to questions and answers. Where nobody answers in a phase, those tensors stay
-    as they were.
+    codec is applied to questions and answers. Who is missing in a phase answers as if it had not
+    moved; where nobody answers, those tensors stay as they were.
     """
 
     def instead(self, shapes: Shapes) -> Collection[str]:
@@ -601,21 +593,19 @@ class Asking(Protocol):
         ...
 
     def answer(self, phase: int, trained: Tensors, question: Tensors, seed: int) -> Tensors:
-        """Return a client's answer, float32, from what it ``trained`` of :meth:`instead`.
+        """Return a client's answer, float32.
 
-        ``seed`` belongs to this round and is known to all.
+        ``trained`` are the tensors of :meth:`instead` as they came out, or as they were sent for
+        those who are missing. ``seed`` belongs to this round and is known to all.
         """
         ...
 
-    def ask(self, sums: Sequence[Sum], sent: Sent) -> Tensors:
+    def ask(self, sums: Sequence[Tensors], sent: Sent) -> Tensors:
         """Return the question of phase ``len(sums)``, float32."""
         ...
 
-    def settle(self, sums: Sequence[Sum], sent: Sent) -> Tensors:
-        """Return new values for the tensors that did not travel, from the sums of all phases.
-
-        What their shares lack of 1 is that of clients who did not answer, or not any more.
-        """
+    def settle(self, sums: Sequence[Tensors], sent: Sent) -> Tensors:
+        """Return new values for the tensors that did not travel, from all sums, float64."""
         ...
 
 

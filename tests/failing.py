@@ -1,4 +1,4 @@
-"""A trainer that fails where it is told to: plans name it, worker processes import it."""
+"""Parts that fail where they are told to: plans name them, worker processes import them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from fedpeft.aggregators.fedask import FedAsk
 from fedpeft.errors import PlanError
 from fedpeft.spec import method
 from fedpeft.trainers.plain import Plain
-from fedpeft.types import Fit, Job, Trainer
+from fedpeft.types import Fit, Job, Tensors, Trainer
 
 _PLAIN = Plain(optimizer="sgd", lr=0.1, steps=2, batch=4)
 
@@ -64,3 +65,20 @@ class Failing(Trainer):
         except FileExistsError:
             return False
         return True
+
+
+@method
+class FailingAsk(FedAsk):
+    """Asks as FedASK does; the first to answer in a second phase and to make ``once`` is killed."""
+
+    once: str = ""
+
+    def answer(self, phase: int, trained: Tensors, question: Tensors, seed: int) -> Tensors:
+        if phase and self.once:
+            try:
+                Path(self.once).touch(exist_ok=False)
+            except FileExistsError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return FedAsk.answer(self, phase, trained, question, seed)

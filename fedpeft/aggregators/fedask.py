@@ -14,7 +14,7 @@ from fedpeft.errors import PlanError
 from fedpeft.lowrank import Product
 from fedpeft.rng import derive
 from fedpeft.spec import bounded, method
-from fedpeft.types import Sent, Shapes, Step, Sum, Tensors, Update, Weights
+from fedpeft.types import Sent, Shapes, Step, Tensors, Update, Weights
 
 
 @method
@@ -26,8 +26,9 @@ class FedAsk:
     basis ``Q`` [m, width] and asks for ``(Q^T B_k) A_k``. ``Q Q^T W`` is cut to the adapter's rank,
     the singular values split between both factors. Exact up to this cut where ``width`` is at least
     the rank of ``W``: the sum of the clients' ranks, or one client's where a factor is common. All
-    that is no factor is a weighted mean. A client that is missing, in either phase, counts as the
-    product that was sent; without any answer the factors stay. Memory of one answer.
+    that is no factor is a weighted mean. A client that is missing counts as what was sent; one that
+    is lost between the phases leaves an error, at most its share of what it moved. Without any
+    answer the factors stay. Memory of one answer.
     """
 
     width: int = bounded(default=16, low=1)
@@ -83,22 +84,17 @@ class FedAsk:
             found[module] = made.astype(np.float32)
         return found
 
-    def ask(self, sums: Sequence[Sum], sent: Sent) -> Tensors:
+    def ask(self, sums: Sequence[Tensors], sent: Sent) -> Tensors:
         """Return an orthonormal basis of each module's ``W S``."""
-        return {k: _basis(v).astype(np.float32) for k, v in sums[0].total.items()}
+        return {k: _basis(v).astype(np.float32) for k, v in sums[0].items()}
 
-    def settle(self, sums: Sequence[Sum], sent: Sent) -> Tensors:
+    def settle(self, sums: Sequence[Tensors], sent: Sent) -> Tensors:
         """Decompose each module's ``Q (Q^T W)``; one that is zero keeps its factors."""
         replaced, held = dict[str, np.ndarray](), {**sent.still, **sent.moving}
-        missing = 1 - sums[1].share
-        for module, small in sums[1].total.items():
-            before = lowrank.product(held, module)
-            parts = [(1.0, Product(_basis(sums[0].total[module]), small))]
-            if abs(missing) > _products.NOTHING:
-                parts.append((missing, before))
-            found = before
-            if any(part.b.any() and part.a.any() for _, part in parts):
-                whole = lowrank.svd(lowrank.total(parts), before.rank)
+        for module, small in sums[1].items():
+            found = before = lowrank.product(held, module)
+            if small.any():
+                whole = lowrank.svd(Product(_basis(sums[0][module]), small), before.rank)
                 found = lowrank.cut(whole, before.rank, "split")
             replaced |= lowrank.named(module, found)
         return replaced
