@@ -30,6 +30,8 @@ BOTH_MOVE = (
     "lora(r=2, targets='all-linear', dropout=0.1, init='orthonormal', rslora=True)",
 )
 MIXED = ("lora(r=3, ranks='1,2,3')",)
+RESTING = ("lora(r=2, ranks='1..2')",)
+"""In each round only the first ranks train."""
 ONE_MOVES_OF_TWO = ("lora(r=2, train='B/A')", "lora(r=2, train='B', send='both')")
 """Both factors are sent."""
 ONE_MOVES = (
@@ -42,7 +44,8 @@ OWN = ("lora(r=2, local='B')",)
 """Adapters by what their clients are sent and what they move of it."""
 
 TAKES: Mapping[str, tuple[str, ...]] = {
-    "mean": (*BOTH_MOVE, *MIXED, *ONE_MOVES_OF_TWO, *ONE_MOVES, *OWN),
+    "mean": (*BOTH_MOVE, *MIXED, *RESTING, *ONE_MOVES_OF_TWO, *ONE_MOVES, *OWN),
+    "fedask": (*BOTH_MOVE, *MIXED, *ONE_MOVES_OF_TWO),
     "flexlora": (*BOTH_MOVE, *MIXED, *ONE_MOVES_OF_TWO),
     "hetlora": (*BOTH_MOVE, *MIXED, *ONE_MOVES_OF_TWO),
     "lora_fair": (*BOTH_MOVE, *ONE_MOVES_OF_TWO),
@@ -54,7 +57,7 @@ TAKES: Mapping[str, tuple[str, ...]] = {
 
 LISTED: Mapping[str, list[str]] = {
     "task": ["classify", "causal_lm(max_length=24)"],
-    "adapter": [*BOTH_MOVE, *MIXED, *ONE_MOVES_OF_TWO, *ONE_MOVES, *OWN],
+    "adapter": [*BOTH_MOVE, *MIXED, *RESTING, *ONE_MOVES_OF_TWO, *ONE_MOVES, *OWN],
     "trainer": [
         "plain(optimizer='sgd', lr=0.1, steps=2, batch=4)",
         "plain(optimizer='sgd', lr=0.1, steps=2, batch=4, momentum=0.9, weight_decay=0.01)",
