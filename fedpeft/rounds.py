@@ -7,6 +7,7 @@ server   server_round:  decode and check each reply, aggregate, step
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -55,12 +56,16 @@ class ServerState:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one round was: who replied, who was refused and why, bytes and training metrics."""
+    """What one round was: who replied, who was refused and why, bytes and training metrics.
+
+    ``up_sizes`` are the bytes that each tensor took in the updates that could be used.
+    """
 
     replied: Sequence[str]
     refused: Mapping[str, str]
     up_bytes: int
     metrics: Metrics
+    up_sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def start(plan: Plan, tables: Tables, initial: Tensors) -> ServerState:
@@ -151,7 +156,10 @@ def server_round(
     acks = {**state.acks, **dict.fromkeys(intake.names, state.round)}
     after = state.round + 1
     fold = state.fold.plus(step.fold, after, {*acks.values()}) if tables.folds else state.fold
-    report = Report(intake.names, intake.refused, intake.up_bytes, _metrics(intake.used))
+    metrics, sizes = _metrics(intake.used), Counter[str]()
+    for update in intake.used:
+        sizes.update(update.sizes)
+    report = Report(intake.names, intake.refused, intake.up_bytes, metrics, sizes)
     return ServerState(params, slots, intake.control, acks, after, fold), report
 
 

@@ -111,7 +111,8 @@ class Weights:
 class Update:
     """What the server holds of one client: decoded, checked, ``delta = trained - received``.
 
-    ``answer`` is what it says where the aggregator is :class:`Asking`.
+    ``answer`` is what it says where the aggregator is :class:`Asking`; ``sizes`` are the bytes that
+    each tensor of the update took.
 
     ``lr_sum`` adds up the learning rates of the local steps (steps x lr when constant). A client
     that has only the first entries of some tensors (mixed ranks) was ``sent`` those: it trained
@@ -126,6 +127,7 @@ class Update:
     metrics: Metrics = field(default_factory=dict)
     sent: Sent | None = None
     answer: Tensors = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
