@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -104,7 +105,7 @@ class Tables:
             self._up = round, found | ({"answer": answer} if answer else {})
         return self._up[1]
 
-    @property
+    @cached_property
     def phases(self) -> Sequence[tuple[Shapes, Shapes]]:
         """Questions and answers of each phase; one without either where nothing is asked."""
         aggregator = self._plan.aggregator
@@ -143,7 +144,7 @@ class Tables:
             self._last = key, Broadcast(shared, *rest)
         return self._last[1]
 
-    @property
+    @cached_property
     def once(self) -> Shapes:
         """What never changes and is sent to each client once."""
         once = self.roles(0).once
