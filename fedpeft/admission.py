@@ -49,7 +49,10 @@ def admit(
     _check_size(delta, extras)
     answer = packet.sections.get("answer", {})
     check_answer(answer, expected.get("answer", {}))
-    return Update(client, delta, weights.of[client], lr_sum, extras, metrics, answer=answer)
+    sizes = {name: value.nbytes for name, value in packet.sections["adapter"].items()}
+    return Update(
+        client, delta, weights.of[client], lr_sum, extras, metrics, answer=answer, sizes=sizes
+    )
 
 
 def _less(tables: Tables, own: Tables) -> str:

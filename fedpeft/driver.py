@@ -18,6 +18,7 @@ from fedpeft.errors import RunError
 from fedpeft.evaluation import evaluated_clients, scored, summarise
 from fedpeft.export import write_adapter
 from fedpeft.federation import Federation, deal
+from fedpeft.first_gradient import public_splits
 from fedpeft.models._base import fingerprint
 from fedpeft.phases import Reply
 from fedpeft.plan import Plan
@@ -27,6 +28,7 @@ from fedpeft.rounds import Report, ServerState, messages, server_round, start
 from fedpeft.run_folder import RunFolder
 from fedpeft.site import Site, encode
 from fedpeft.spec import build
+from fedpeft.traffic import Traffic
 from fedpeft.types import Metrics, Simulation, Tensors
 from fedpeft.wire import Message
 
@@ -121,6 +123,8 @@ def input_digests(plan: Plan, federation: Federation) -> tuple[str, ...]:
         from fedpeft.export import folder_digest
 
         found.append(folder_digest(Path(plan.warm_start)))
+    if (public := public_splits(plan)) is not None:
+        found.append(public.fingerprint)
     return tuple(found)
 
 
@@ -221,20 +225,20 @@ def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
     names = list(population)
     cohort = plan.cohort.choose(names, derive(plan.seed, state.round, "cohort"))
     weights = plan.weighting.weigh(cohort, population, plan.cohort.expected(len(names)))
-    sent = {"bytes": 0}
+    sent = Traffic([*run.site.base.outline.head])
 
     def ask(requests: Iterable[tuple[str, Message]]) -> Iterator[Reply]:
-        asked = list(requests)
-        sent["bytes"] += sum(message.nbytes for _, message in asked)
+        asked = list(sent.counted(requests))
         clients = [client for client, _ in asked]
-        return _in_order(run.engine.exchange(asked), clients, run.watch.client)
+        return sent.waiting(_in_order(run.engine.exchange(asked), clients, run.watch.client))
 
     answers, tables = ask(run.messages(state, cohort, training=True)), run.site.tables
     after, report = server_round(plan, tables, state, run.run, population, weights, answers, ask)
     if report.refused and not report.replied and report.up_bytes:
         client, reason = next(iter(report.refused.items()))
         raise RunError(f"round {state.round}: no reply could be used; {client}: {reason}")
-    line = _line(state, cohort, report, sent["bytes"])
+    line = _line(state, cohort, report, sent)
+    line["server_seconds"] = round(time.perf_counter() - began - sent.waited, 3)
     line |= _evaluate(run, after)
     best, params = at.best, at.best_params
     if plan.keep_best and plan.keep_best in line:
@@ -247,10 +251,13 @@ def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
     return Checkpoint(after, best, params, line)
 
 
-def _line(state: ServerState, cohort: Sequence[str], report: Report, down: int) -> dict[str, Any]:
+def _line(
+    state: ServerState, cohort: Sequence[str], report: Report, sent: Traffic
+) -> dict[str, Any]:
     line: dict[str, Any] = {"round": state.round, "asked": len(cohort)}
     line |= {"replied": list(report.replied), **dict(report.metrics)}
-    line |= {"up_bytes": report.up_bytes, "down_bytes": down}
+    line |= {"up_bytes": report.up_bytes, "down_bytes": sent.bytes}
+    line |= {"up_head_bytes": sent.of_head(report.up_sizes), "down_head_bytes": sent.head_bytes}
     return line | ({"refused": dict(report.refused)} if report.refused else {})
 
 
@@ -268,16 +275,11 @@ def _evaluate(run: _Run, state: ServerState) -> dict[str, Any]:
 
 
 def _evaluate_clients(run: _Run, state: ServerState) -> dict[str, Any]:
-    sent = {"bytes": 0}
-
-    def requests() -> Iterator[tuple[str, Message]]:
-        asked = evaluated_clients(run.plan, list(run.engine.population()))
-        for client, message in run.messages(state, asked, training=False):
-            sent["bytes"] += message.nbytes
-            yield client, message
-
+    sent = Traffic([])
+    asked = evaluated_clients(run.plan, list(run.engine.population()))
+    requests = sent.counted(run.messages(state, asked, training=False))
     found, refused, names = dict[str, Metrics](), dict[str, str](), {*run.plan.task.measures}
-    for client, metrics in run.engine.evaluate(requests()):
+    for client, metrics in run.engine.evaluate(requests):
         if isinstance(metrics, Exception):
             refused[client] = str(metrics)[:300]
         elif {*metrics} != names or not all(map(math.isfinite, metrics.values())):
@@ -287,7 +289,7 @@ def _evaluate_clients(run: _Run, state: ServerState) -> dict[str, Any]:
     found = {client: found[client] for client in sorted(found)}
     line: dict[str, Any] = {f"clients/{k}": v for k, v in summarise(found).items()}
     line["per_client"] = {client: dict(metrics) for client, metrics in found.items()}
-    line["eval_bytes"] = sent["bytes"]
+    line["eval_bytes"] = sent.bytes
     return line | ({"not_evaluated": refused} if refused else {})
 
 
@@ -325,7 +327,10 @@ def _table(run: _Run, at: Checkpoint, rows: Mapping[str, Metrics]) -> dict[str, 
         "up_bytes": sum(line["up_bytes"] for line in run.history),
         "down_bytes": sum(line["down_bytes"] for line in run.history),
         "eval_bytes": sum(line.get("eval_bytes", 0) for line in run.history),
+        "up_head_bytes": sum(line.get("up_head_bytes", 0) for line in run.history),
+        "down_head_bytes": sum(line.get("down_head_bytes", 0) for line in run.history),
         "seconds": round(sum(line["seconds"] for line in run.history), 1),
+        "server_seconds": round(sum(line.get("server_seconds", 0) for line in run.history), 3),
     }
 
 

@@ -74,8 +74,9 @@ class Roles:
     """What happens to each adapter tensor in one round.
 
     ``train`` changes at the client; ``down`` and ``up`` travel; ``local`` trains but stays in the
-    client's memory; ``fresh`` begins anew in every round, see :class:`Restarting`. A tensor in none
-    of them is frozen and derived from the plan on every side.
+    client's memory; ``fresh`` begins anew in every round, see :class:`Restarting`; ``once`` never
+    changes, and comes down until a client is known to have it. A tensor in none of them is frozen
+    and derived from the plan on every side.
     """
 
     train: frozenset[str]
@@ -83,6 +84,7 @@ class Roles:
     up: frozenset[str]
     local: frozenset[str] = frozenset()
     fresh: frozenset[str] = frozenset()
+    once: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Raise ``PlanError`` for roles that contradict each other."""
@@ -92,6 +94,8 @@ class Roles:
             raise PlanError(f"adapter: {idle[0]} does not train, so it has nothing to send or keep")
         if lost := sorted(self.up - self.down - self.fresh):
             raise PlanError(f"adapter: {lost[0]} goes up but never down")
+        if moved := sorted(self.once & (self.train | self.down | self.fresh)):
+            raise PlanError(f"adapter: {moved[0]} is sent once, so it must never change")
         if sent := sorted(self.fresh & (self.down | self.local)):
             raise PlanError(f"adapter: {sent[0]} begins anew, so nobody needs its last values")
 
@@ -111,7 +115,8 @@ class Weights:
 class Update:
     """What the server holds of one client: decoded, checked, ``delta = trained - received``.
 
-    ``answer`` is what it says where the aggregator is :class:`Asking`.
+    ``answer`` is what it says where the aggregator is :class:`Asking`; ``sizes`` are the bytes that
+    each tensor of the update took.
 
     ``lr_sum`` adds up the learning rates of the local steps (steps x lr when constant). A client
     that has only the first entries of some tensors (mixed ranks) was ``sent`` those: it trained
@@ -126,6 +131,7 @@ class Update:
     metrics: Metrics = field(default_factory=dict)
     sent: Sent | None = None
     answer: Tensors = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +139,14 @@ class Sent:
     """What the clients of a round were sent, as they decoded it.
 
     ``moving`` they train and answer with an update of; ``still`` only came down. ``seed`` belongs
-    to this round of this run alone, for aggregators that draw.
+    to this round of this run alone, for aggregators that draw. ``kept`` nobody was sent: it is what
+    the aggregator's last step has kept.
     """
 
     moving: Tensors
     still: Tensors = field(default_factory=dict)
     seed: int = 0
+    kept: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +156,14 @@ class Step:
     ``replaced`` are new values for tensors that were factorised anew: the old ones and the
     optimizer have no part in them, and ``delta`` does not name them. ``fold`` are products, float64
     and named by ``lowrank.folded``, that are added to the frozen base for good; only an aggregator
-    that is :class:`Folding` has any.
+    that is :class:`Folding` has any. ``kept`` is what the aggregator finds in the next round's
+    ``Sent``, float32 and of any names.
     """
 
     delta: Tensors
     replaced: Tensors = field(default_factory=dict)
     fold: Tensors = field(default_factory=dict)
+    kept: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -478,6 +488,25 @@ class Restarting(Protocol):
         """Return what ``client`` begins ``round`` with, of its ``shapes``: on every side the same.
 
         Nothing where no tensor is fresh (``Roles.fresh``). ``seed`` is the plan's.
+        """
+        ...
+
+
+@runtime_checkable
+class Informed(Protocol):
+    """What an adapter has besides whose start follows from gradients on public records.
+
+    Only the server has the records; what follows from them is sent (``Roles.once``).
+    """
+
+    def informant(self) -> tuple[str, int] | None:
+        """Return a data line and how many of its training records; ``None`` where none is asked."""
+        ...
+
+    def informed(self, initial: Tensors, gradients: Tensors) -> Tensors:
+        """Return the tensors before round 0, beside those of :meth:`Adapter.initial`.
+
+        ``gradients`` [out, in], float64, are those of the mean loss in the weights of the modules.
         """
         ...
 

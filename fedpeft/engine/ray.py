@@ -144,7 +144,7 @@ class _Crew:
             joined = np.frombuffer(b"".join(window.body.pieces), np.uint8)
             self._body = window.body, self._ray.put(joined)
         memories = {}
-        if self._stage.site.tables.keeps:
+        if self._stage.site.tables.stores:
             memories = {c: self._stage.memories.load(c).versions for c, _ in window.requests}
         play = self._actors[number].play
         self._tasks[play.remote(window.told(width), self._body[1], memories)] = number
