@@ -28,7 +28,7 @@ class FedAsk:
     the rank of ``W``: the sum of the clients' ranks, or one client's where a factor is common. All
     that is no factor is a weighted mean. A client that is missing counts as what was sent; one that
     is lost between the phases leaves an error, at most its share of what it moved. Without any
-    answer the factors stay. Memory of one answer.
+    answer the factors stay. Sketches are float32, whatever ``uplink`` says. Memory of one answer.
     """
 
     width: int = bounded(default=16, low=1)
