@@ -156,7 +156,8 @@ def for_evaluation(
 
 def _remembered(site: Client, client: str, got: Received) -> Tensors:
     """Return the adapter that a client keeps; before its first round, the one of round 0."""
-    return {**site.tables.of(client).part(site.initial), **got.own}
+    once = _only(got.tensors, frozenset(site.tables.once))
+    return {**site.tables.of(client).part(site.initial), **once, **got.own}
 
 
 def _with_first(whole: NDArray[Any], first: NDArray[Any]) -> NDArray[Any]:

@@ -513,6 +513,7 @@ RUNS: Mapping[str, dict[str, Any]] = {
     "mixed ranks": {"adapter": "lora(r=4, alpha=8, ranks='2,3,4')", "aggregator": "flexlora"},
     "by turns": {"adapter": "lora(r=4, train='B/A')", "uplink": "half", "downlink": "half"},
     "core": {"adapter": "core(r=2, heads=2, scales='trained')"},
+    "sent once": {"adapter": "core(r=2, init='svd')"},
     "ranks that rest": {"adapter": "lora(r=4, ranks='1..4')"},
     "whole model": {"adapter": "full", "trainer": "plain(optimizer='sgd', lr=0.1, steps=2)"},
 }
