@@ -86,6 +86,12 @@ class Tables:
         """What happens to each tensor in ``round``."""
         return self._plan.adapter.roles(self.shapes, round)
 
+    @cached_property
+    def trained(self) -> frozenset[str]:
+        """What trains in some round."""
+        rounds = range(self._plan.rounds)
+        return frozenset[str]().union(*(self.roles(round).train for round in rounds))
+
     def down(self, round: int) -> dict[str, Shapes]:
         """What a broadcast of ``round`` holds."""
         if self._down[0] != round:
@@ -162,7 +168,8 @@ class Tables:
     @cached_property
     def remembers(self) -> bool:
         """Whether clients need what they kept in earlier rounds."""
-        return self._plan.correction.remembers or bool(self.roles(0).local)
+        plan, own = self._plan, self.roles(0).local
+        return plan.correction.remembers or plan.personal.when == "rounds" or bool(own)
 
     @property
     def stores(self) -> bool:

@@ -67,6 +67,7 @@ LISTED: Mapping[str, list[str]] = {
         "plain(optimizer='sgd', lr=0.1, steps=2, batch=4, precondition=true)",
     ],
     "correction": ["none", "fedprox(mu=0.1)", "scaffold"],
+    "personal": ["none", "ditto", "tuned(steps=1, lr=0.01)"],
     "uplink": ["raw", "half", "half(dtype='bfloat16')", "raw | half"],
     "downlink": ["raw", "half", "half(dtype='bfloat16')", "half | raw"],
     "cohort": ["everyone", "uniform(size=2)", "poisson(rate=0.6)"],
@@ -76,7 +77,7 @@ LISTED: Mapping[str, list[str]] = {
         *("dare", "breadcrumbs", "model_stock"),
         *("flexlora", "flexlora(sigma_to='split')", "fedsvd"),
         *("flexlora(rank_normalise=True)", "hetlora(rank_normalise=True)"),
-        *("lora_fair", "lora_fair(solver='cosine')", "lora_fair(solver='cosine+norm', lam=0.0)"),
+        *("lora_fair", "lora_fair(solver='cosine+norm', lam=0.0)"),
     ],
     "optimizer": ["sgd", "sgd(lr=0.5, momentum=0.9)", "adam", "yogi", "adagrad"],
     "partition": [
