@@ -70,9 +70,18 @@ class Received:
 
 
 def receive(
-    plan: Plan, site: Client, client: str, message: Message | bytes, memory: Memory
+    plan: Plan,
+    site: Client,
+    client: str,
+    message: Message | bytes,
+    memory: Memory,
+    *,
+    trains: bool = True,
 ) -> Received:
-    """Decode a broadcast. Raises ``WireError`` for a message that is none."""
+    """Decode a broadcast. Raises ``WireError`` for a message that is none.
+
+    Unless the client ``trains``, what would begin anew is as before round 0, which all share.
+    """
     told = peek(message)
     try:
         round, acknowledged = int(told["round"]), int(told["ack"])
@@ -85,7 +94,8 @@ def receive(
     keep = bool(told.get("keep"))
     kept = memory.at(acknowledged, client) if keep or site.tables.remembers else {}
     tensors = {**tables.part(site.initial), **select(kept, "local"), **came.adapter}
-    tensors |= tables.begin(client, round)
+    if trains:
+        tensors |= tables.begin(client, round)
     fold = assembled(came.fold, select(kept, "fold"), site.tables.shapes) if came.fold else {}
     return Received(
         told,

@@ -37,7 +37,8 @@ class Stack:
         held, rest = _products.collected(updates, sent, weights)
         fold = dict[str, Tensors]()
         for module in list(held):
-            value = lowrank.total(held.pop(module))
+            parts = held.pop(module)
+            value = lowrank.total([p for p in parts if p[1].b.any()] or parts[:1])
             if self.energy < 1:
                 found = lowrank.svd(value)
                 value = lowrank.cut(found, lowrank.within(found, self.energy), "split")
