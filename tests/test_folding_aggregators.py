@@ -48,9 +48,7 @@ class Round:
         found = []
         for update in self.updates:
             own = update.sent or self.sent
-            a, b = (
-                _trained(own.moving[k], update.delta[k]) for k in lowrank.factors(module)
-            )
+            a, b = (_trained(own.moving[k], update.delta[k]) for k in lowrank.factors(module))
             found.append((update.weight / self.weights.denominator, b, a))
         return found
 
@@ -81,7 +79,10 @@ def continued(seed: int, clients: int, missing: float = 0.0, spread: float = 0.3
     updates = [
         Update(
             f"c{i}",
-            {k: (spread * rng.standard_normal(v.shape)).astype(np.float32) for k, v in held.items()},
+            {
+                k: (spread * rng.standard_normal(v.shape)).astype(np.float32)
+                for k, v in held.items()
+            },
             float(rng.integers(1, 5)),
             1.0,
         )
@@ -91,9 +92,7 @@ def continued(seed: int, clients: int, missing: float = 0.0, spread: float = 0.3
     return Round(Sent(held), updates, Weights({u.client: u.weight for u in updates}, weight))
 
 
-def restarted(
-    seed: int, ranks: Sequence[int], missing: float = 0.0, common: bool = False
-) -> Round:
+def restarted(seed: int, ranks: Sequence[int], missing: float = 0.0, common: bool = False) -> Round:
     """Return a round whose clients began anew with factors of these ranks, ``B`` zero."""
     rng = np.random.default_rng(seed)
     head = {"head": rng.standard_normal((2, 5)).astype(np.float32)}
@@ -305,7 +304,9 @@ def test_products_that_are_zero_add_no_rank(method: Any) -> None:
     """All ``B`` are zero after training too, and updates as well."""
     played = round_for(method, 4, 3)
     silent = [
-        Update(u.client, {k: np.zeros_like(v) for k, v in u.delta.items()}, u.weight, 1.0, sent=u.sent)
+        Update(
+            u.client, {k: np.zeros_like(v) for k, v in u.delta.items()}, u.weight, 1.0, sent=u.sent
+        )
         for u in played.updates
     ]
     step = Round(played.sent, silent, played.weights).step(method)
@@ -317,7 +318,9 @@ def test_products_that_are_zero_add_no_rank(method: Any) -> None:
 def test_clients_that_learned_nothing_take_no_rank() -> None:
     played = restarted(5, [RANK] * 12)
     idle = [
-        Update(u.client, {k: np.zeros_like(v) for k, v in u.delta.items()}, u.weight, 1.0, sent=u.sent)
+        Update(
+            u.client, {k: np.zeros_like(v) for k, v in u.delta.items()}, u.weight, 1.0, sent=u.sent
+        )
         for u in played.updates[1:]
     ]
     mixed = Round(played.sent, [played.updates[0], *idle], played.weights)
@@ -372,4 +375,6 @@ def test_the_growth_is_what_a_whole_cohort_adds() -> None:
         fold = appended(round_for(method, 8, 3).step(method))
         assert fold.ranks[1][1] == method.growth([RANK] * 3), method
     assert Stack().growth([1, 2, 3]) == 6
-    assert Fedex().growth([4]) == Frlora().growth([]) == Stack().growth([]) == Fedex().growth([]) == 0
+    assert (
+        Fedex().growth([4]) == Frlora().growth([]) == Stack().growth([]) == Fedex().growth([]) == 0
+    )

@@ -82,7 +82,9 @@ class Play:
     fold: Fold = field(default_factory=lambda: Fold.empty(SHAPES))
     acks: dict[str, int] = field(default_factory=dict)
     memories: dict[str, Memory] = field(default_factory=dict)
-    sums: dict[str, Any] = field(default_factory=lambda: {m: np.zeros(s) for m, s in MODULES.items()})
+    sums: dict[str, Any] = field(
+        default_factory=lambda: {m: np.zeros(s) for m, s in MODULES.items()}
+    )
 
     def ask(self, client: str, round: int) -> Tensors:
         """Return all edits as ``client`` has them once its message has come."""
@@ -189,7 +191,10 @@ def test_what_was_sent_does_not_change_afterwards() -> None:
 def test_a_step_of_zero_padding_is_as_short_as_its_rank(more: int) -> None:
     step = step_of(0, {"q": 2})
     a, b = lowrank.folded_names("q")
-    wide = {a: np.vstack([step[a], np.zeros((more, 12))]), b: np.hstack([step[b], np.ones((12, more))])}
+    wide = {
+        a: np.vstack([step[a], np.zeros((more, 12))]),
+        b: np.hstack([step[b], np.ones((12, more))]),
+    }
     fold = Fold.empty(SHAPES).plus(wide, 1, set())
     if 2 + more < FULL["q"]:
         assert fold.ranks[1] == [0, 2, 0]
