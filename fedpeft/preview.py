@@ -40,7 +40,7 @@ class _Traffic:
 
     def __init__(self, plan: Plan, tables: Tables, clients: Sequence[str], cohort: float) -> None:
         self._plan, self._tables = plan, tables
-        self._edits = _edits(plan, tables, clients, cohort)
+        self.edits = _edits(plan, tables, clients, cohort)
         self._found: dict[Tables, tuple[Size, Size]] = {}
         kinds: dict[tuple[frozenset[str], frozenset[str]], list[int]] = {}
         for round in range(plan.rounds):
@@ -49,11 +49,14 @@ class _Traffic:
         self._rounds = [(rounds[0], len(rounds)) for rounds in kinds.values()]
 
     def of(self, client: str) -> tuple[Size, Size]:
-        """Return the sizes down and up, the mean over rounds where they differ."""
+        """Return the sizes down and up, the mean over rounds where they differ.
+
+        ``edits`` of the base, by round, come on top of what goes down.
+        """
         own = self._tables.of(client)
         if own not in self._found:
             down = self._mean(_down, own)
-            down = Size(down.bytes + self._edits, down.exact and not self._tables.folds)
+            down = Size(down.bytes, down.exact and not self._tables.folds)
             self._found[own] = down, self._mean(_up, own)
         return self._found[own]
 
@@ -98,9 +101,11 @@ def _bytes(
     """Return bytes per client (mean, least, most), per round and in total."""
     each = [traffic.of(client) for client in federation.population]
     found: dict[str, Any] = {}
-    for way, sizes in (("down", [d for d, _ in each]), ("up", [u for _, u in each])):
+    edits = round(sum(traffic.edits[: plan.rounds]) / plan.rounds)
+    ways = (("down", [d for d, _ in each], edits), ("up", [u for _, u in each], 0))
+    for way, sizes, more in ways:
         exact = exact and all(size.exact for size in sizes)
-        counts = [size.bytes for size in sizes]
+        counts = [size.bytes + more for size in sizes]
         mean = sum(counts) / len(counts)
         found |= {
             f"{way}_per_client": round(mean),
@@ -109,16 +114,17 @@ def _bytes(
             f"{way}_per_round": round(cohort * mean),
             f"{way}_total": round(plan.rounds * cohort * mean),
         }
-    evaluated = (traffic.of(client)[0].bytes for client in _evaluated(plan, federation))
-    return {**found, "evaluation_total": sum(evaluated), "exact": exact}
+    return {**found, "evaluation_total": _evaluation(plan, federation, traffic), "exact": exact}
 
 
-def _evaluated(plan: Plan, federation: Federation) -> Sequence[str]:
-    """Return who is sent something to evaluate, over all rounds."""
+def _evaluation(plan: Plan, federation: Federation, traffic: _Traffic) -> int:
+    """Return the bytes of all that is sent to be evaluated."""
     if "clients" not in plan.evaluations or not plan.holdout:
-        return []
-    often = len({*range(plan.eval_every, plan.rounds + 1, plan.eval_every), plan.rounds})
-    return [*evaluated_clients(plan, list(federation.train))] * often
+        return 0
+    asked = evaluated_clients(plan, list(federation.train))
+    each = sum(traffic.of(client)[0].bytes for client in asked)
+    after = {*range(plan.eval_every, plan.rounds + 1, plan.eval_every), plan.rounds}
+    return round(sum(each + len(asked) * traffic.edits[t] for t in after))
 
 
 def _down(plan: Plan, tables: Tables, round: int) -> Size:
@@ -130,24 +136,26 @@ def _down(plan: Plan, tables: Tables, round: int) -> Size:
         sections = {"adapter": _encoded(plan.downlink, expected["adapter"], kind)}
         if "control" in expected:
             sections["control"] = _filled(expected["control"], kind)
+        if "fold" in expected:
+            sections["fold"] = state.fold.since(state.fold.held(round))
         return body(sections, expected).seal(told).nbytes
 
     return _measured(packed)
 
 
-def _edits(plan: Plan, tables: Tables, clients: Sequence[str], cohort: float) -> int:
-    """Return the bytes of edits of the base that a client is sent in a round, on average.
+def _edits(plan: Plan, tables: Tables, clients: Sequence[str], cohort: float) -> Sequence[float]:
+    """Return the bytes of edits of the base that a client misses before each round and at the end.
 
-    At most, because products may turn out shorter; and each client is asked as often as any other.
+    At most, because products may turn out shorter; and on average, if all are asked as often.
     """
     if not isinstance(plan.aggregator, Folding) or not clients or not cohort:
-        return 0
-    ranks = [_rank(tables.of(client).shapes) for client in clients]
-    asked = round(cohort)
-    growth = plan.aggregator.growth([round(sum(ranks) / len(ranks))] * max(1, asked))
-    missed = len(clients) / cohort
-    each = [folds.grown(tables.shapes, growth, t, missed) for t in range(plan.rounds)]
-    return round(sum(each) / plan.rounds)
+        return [0.0] * (plan.rounds + 1)
+    ranks = sorted(_rank(tables.of(client).shapes) for client in clients)
+    asked, share = max(1, round(cohort)), min(1.0, cohort / len(clients))
+    usual = [ranks[(2 * k + 1) * len(ranks) // (2 * asked)] for k in range(asked)]
+    growth = plan.aggregator.growth(usual)
+    missed = [(1 - (1 - share) ** t) / share for t in range(plan.rounds + 1)]
+    return [folds.grown(tables.shapes, growth, t, n) for t, n in enumerate(missed)]
 
 
 def _rank(shapes: Shapes) -> int:
