@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft.errors import WireError
+from fedpeft.phases import check_answer
 from fedpeft.plan import Plan
 from fedpeft.tables import Tables, limit
 from fedpeft.tensors import is_within, shapes_of
@@ -29,11 +30,12 @@ def admit(
     """Decode a reply to the broadcast ``of`` (run, round). Raises ``WireError`` with the reason."""
     if client not in weights.of:
         raise WireError("reply from a client that was not asked")
-    expected = tables.of(client).up(of[1])
+    own = tables.of(client, of[1])
+    expected = own.up(of[1])
     try:
         packet = unpack(reply, expected, limit(expected))
     except WireError as error:
-        raise WireError(f"{error}{_less(tables, client)}") from None
+        raise WireError(f"{error}{_less(tables, own)}") from None
     told = packet.header
     if (told.get("run"), told.get("round")) != of:
         raise WireError(f"reply belongs to run {told.get('run')}, round {told.get('round')}")
@@ -45,16 +47,20 @@ def admit(
     if any(value.dtype != np.float32 for value in extras.values()):
         raise WireError("control variates are not float32")
     _check_size(delta, extras)
-    return Update(client, delta, weights.of[client], lr_sum, extras, metrics)
+    answer = packet.sections.get("answer", {})
+    check_answer(answer, expected.get("answer", {}))
+    sizes = {name: value.nbytes for name, value in packet.sections["adapter"].items()}
+    return Update(
+        client, delta, weights.of[client], lr_sum, extras, metrics, answer=answer, sizes=sizes
+    )
 
 
-def _less(tables: Tables, client: str) -> str:
+def _less(tables: Tables, own: Tables) -> str:
     """Say what a client has by the plan where not all have the same: another rank was meant."""
-    own = tables.of(client).shapes
-    less = next((k for k, shape in tables.shapes.items() if own[k] != shape), None)
+    less = next((k for k, shape in tables.shapes.items() if own.shapes[k] != shape), None)
     if less is None:
         return "; by the plan this client has the whole adapter" if tables.mixed else ""
-    return f"; by the plan this client has {own[less]} of {tables.shapes[less]} in {less}"
+    return f"; by the plan this client has {own.shapes[less]} of {tables.shapes[less]} in {less}"
 
 
 def printable(reason: str) -> str:

@@ -18,10 +18,10 @@ from fedpeft.grouping import Grouping
 from fedpeft.memory import Memory
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
-from fedpeft.tables import Tables
-from fedpeft.tensors import narrowed, owned, padded, prefixed, select, shapes_of
-from fedpeft.types import Example, Fit, Job, Learner, Local, Scalar, Shapes, Tensors
-from fedpeft.wire import Message, body, peek
+from fedpeft.tables import Tables, limit
+from fedpeft.tensors import is_finite, narrowed, owned, padded, prefixed, select, shapes_of
+from fedpeft.types import Asking, Example, Fit, Job, Learner, Local, Scalar, Shapes, Tensors
+from fedpeft.wire import Message, body, peek, unpack
 
 if TYPE_CHECKING:
     import torch
@@ -69,19 +69,12 @@ class Received:
     remembered: Tensors
 
 
-def receive(
-    plan: Plan,
-    site: Client,
-    client: str,
-    message: Message | bytes,
-    memory: Memory,
-    *,
-    trains: bool = True,
-) -> Received:
-    """Decode a broadcast. Raises ``WireError`` for a message that is none.
+def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Received:
+    """Decode a broadcast, for ``training`` or for use. Raises ``WireError`` for another message.
 
-    Unless the client ``trains``, what would begin anew is as before round 0, which all share.
+    For use, what would begin anew is as before round 0: it adds nothing, and all share it.
     """
+    client, message, memory = asked.client, asked.message, asked.memory
     told = peek(message)
     try:
         round, acknowledged = int(told["round"]), int(told["ack"])
@@ -89,12 +82,12 @@ def receive(
         raise WireError("message is no broadcast: its header lacks round and ack") from None
     if not 0 <= round < plan.rounds + 1:
         raise WireError(f"message is of round {round}, the plan has {plan.rounds}")
-    tables = site.tables.of(client)
+    tables = site.tables.of(client, round if training else None)
     came = tables.decode(message, round)
     keep = bool(told.get("keep"))
     kept = memory.at(acknowledged, client) if keep or site.tables.remembers else {}
     tensors = {**tables.part(site.initial), **select(kept, "local"), **came.adapter}
-    if trains:
+    if training:
         tensors |= tables.begin(client, round)
     fold = assembled(came.fold, select(kept, "fold"), site.tables.shapes) if came.fold else {}
     return Received(
@@ -146,14 +139,16 @@ def group_round(
     grouping: Grouping = ALONE,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> list[Played]:
-    """Play one round of several clients, who share passes as ``grouping`` allows.
+    """Play one round of several clients, who share passes as ``grouping`` allows; or a later phase.
 
     Nothing is changed before the end, so it can be repeated. A client whose training does not stay
     finite has no reply. Raises ``WireError`` for messages that are no broadcasts of one round.
     """
     from fedpeft.stacking import unstack
 
-    received = [receive(plan, site, a.client, a.message, a.memory) for a in asked]
+    if any("phase" in peek(a.message) for a in asked):
+        return [_answered(plan, site, a) for a in asked]
+    received = [receive(plan, site, a, training=True) for a in asked]
     if len({got.round for got in received}) > 1:
         raise WireError("messages are of different rounds")
     budgets = [plan.trainer.budget(len(site.train(a.client)))[0] for a in asked]
@@ -174,7 +169,8 @@ def _job(plan: Plan, site: Client, clients: Sequence[str], received: Sequence[Re
     from fedpeft.stacking import stack
 
     round = received[0].round
-    roles, up = site.tables.roles(round), site.tables.up(round)["adapter"]
+    roles = site.tables.roles(round)
+    up = [name for name in site.tables.shapes if name in roles.up]
     device, shapes = site.learner.device, site.tables.shapes
     constants = stack(_constants(plan, received, up, shapes), device)
     stacked = stack(padded([got.tensors for got in received], shapes), device)
@@ -216,7 +212,7 @@ def _finish(
 ) -> Played:
     """Subtract, encode and remember: what client ``at`` of ``fit`` does with what it trained."""
     client, round, memory = asked.client, got.round, asked.memory
-    roles, up = site.tables.roles(round), site.tables.of(client).up(round)
+    roles, up = site.tables.roles(round), site.tables.of(client, round).up(round)
     if not np.isfinite(fit.losses[at]):
         why = "its loss is not finite: training diverged; lower the trainer's lr, or set clip"
         return Played(client, TrainError(why), memory)
@@ -228,6 +224,9 @@ def _finish(
     local = Local(got.tensors, arrived, got.extras, got.kept, fit.lr_sums[at])
     extras_up, corrected = plan.correction.client_update(local)
     sections = {"adapter": sent, **({"control": extras_up} if "control" in up else {})}
+    whole = {**got.tensors, **trained}
+    if "answer" in up and isinstance(plan.aggregator, Asking):
+        sections["answer"] = plan.aggregator.answer(0, whole, {}, _seed(plan, round))
     told_back: dict[str, Scalar] = {
         "run": got.told.get("run", ""),
         "round": round,
@@ -240,8 +239,36 @@ def _finish(
         own = {k: trained[k].copy() for k in sorted(roles.local)}
         news = {**prefixed("local", own), **prefixed("correction", corrected)}
         news |= prefixed("fold", got.remembered)
+        if len(site.tables.phases) > 1:
+            news |= prefixed("trained", {k: np.array(whole[k]) for k in site.tables.shapes})
         memory = memory.after(got.acknowledged, round, news)
     return Played(client, body(sections, up).seal(told_back), memory)
+
+
+def _answered(plan: Plan, site: Client, asked: Asked) -> Played:
+    """Answer what is asked in a later phase of a round, from what was trained in it."""
+    told, phases = peek(asked.message), site.tables.phases
+    phase, round = told.get("phase"), told.get("round")
+    if not isinstance(phase, int) or not 0 < phase < len(phases):
+        raise WireError(f"message is of phase {phase!r}, rounds have {len(phases)}")
+    if not isinstance(round, int) or not isinstance(plan.aggregator, Asking):
+        raise WireError("message asks for nothing that this plan has")
+    trained = select(asked.memory.versions.get(round, {}), "trained")
+    if not trained:
+        why = f"has not trained in round {round}, or lost what it trained"
+        return Played(asked.client, TrainError(why), asked.memory)
+    question, answer = ({k: v} for k, v in zip(("question", "answer"), phases[phase], strict=True))
+    found = unpack(asked.message, question, limit(question)).sections["question"]
+    if shapes_of(found) != phases[phase][0] or not is_finite(found):
+        raise WireError("question has other names or shapes than this plan's, or is not finite")
+    made = plan.aggregator.answer(phase, trained, found, _seed(plan, round))
+    header = {k: told[k] for k in ("run", "round", "phase")}
+    return Played(asked.client, body({"answer": made}, answer).seal(header), asked.memory)
+
+
+def _seed(plan: Plan, round: int) -> int:
+    """Return the aggregator's seed of this round, which all sides know."""
+    return derive_seed(plan.seed, round, "aggregator")
 
 
 def _minus(trained: NDArray[np.float32], received: NDArray[np.float32]) -> NDArray[np.float32]:

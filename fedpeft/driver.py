@@ -19,6 +19,7 @@ from fedpeft.evaluation import evaluated_clients, scored, summarise
 from fedpeft.export import write_adapter
 from fedpeft.federation import Federation, deal
 from fedpeft.models._base import fingerprint
+from fedpeft.phases import Reply
 from fedpeft.plan import Plan
 from fedpeft.preflight import check
 from fedpeft.rng import derive
@@ -26,6 +27,7 @@ from fedpeft.rounds import Report, ServerState, messages, server_round, start
 from fedpeft.run_folder import RunFolder
 from fedpeft.site import Site, encode
 from fedpeft.spec import build
+from fedpeft.traffic import Traffic
 from fedpeft.types import Metrics, Simulation, Tensors
 from fedpeft.wire import Message
 
@@ -105,10 +107,12 @@ class _Run:
     run: str
     history: list[Line] = field(default_factory=list)
 
-    def messages(self, state: ServerState, clients: Iterable[str]) -> Iterator[tuple[str, Message]]:
+    def messages(
+        self, state: ServerState, clients: Iterable[str], *, training: bool
+    ) -> Iterator[tuple[str, Message]]:
         """Yield what each client is sent."""
-        tables, remote = self.site.tables, self.engine.remote
-        return messages(self.plan, tables, state, self.run, clients, remote=remote)
+        how = {"remote": self.engine.remote, "training": training}
+        return messages(self.plan, self.site.tables, state, self.run, clients, **how)
 
 
 def input_digests(plan: Plan, federation: Federation) -> tuple[str, ...]:
@@ -218,21 +222,20 @@ def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
     names = list(population)
     cohort = plan.cohort.choose(names, derive(plan.seed, state.round, "cohort"))
     weights = plan.weighting.weigh(cohort, population, plan.cohort.expected(len(names)))
-    sent = {"bytes": 0}
+    sent = Traffic([*run.site.base.outline.head])
 
-    def requests() -> Iterator[tuple[str, Message]]:
-        for client, message in run.messages(state, cohort):
-            sent["bytes"] += message.nbytes
-            yield client, message
+    def ask(requests: Iterable[tuple[str, Message]]) -> Iterator[Reply]:
+        asked = list(sent.counted(requests))
+        clients = [client for client, _ in asked]
+        return sent.waiting(_in_order(run.engine.exchange(asked), clients, run.watch.client))
 
-    answers = _in_order(run.engine.exchange(requests()), cohort, run.watch.client)
-    after, report = server_round(
-        plan, run.site.tables, state, run.run, population, weights, answers
-    )
+    answers, tables = ask(run.messages(state, cohort, training=True)), run.site.tables
+    after, report = server_round(plan, tables, state, run.run, population, weights, answers, ask)
     if report.refused and not report.replied and report.up_bytes:
         client, reason = next(iter(report.refused.items()))
         raise RunError(f"round {state.round}: no reply could be used; {client}: {reason}")
-    line = _line(state, cohort, report, sent["bytes"])
+    line = _line(state, cohort, report, sent)
+    line["server_seconds"] = round(time.perf_counter() - began - sent.waited, 3)
     line |= _evaluate(run, after)
     best, params = at.best, at.best_params
     if plan.keep_best and plan.keep_best in line:
@@ -245,10 +248,13 @@ def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
     return Checkpoint(after, best, params, line)
 
 
-def _line(state: ServerState, cohort: Sequence[str], report: Report, down: int) -> dict[str, Any]:
+def _line(
+    state: ServerState, cohort: Sequence[str], report: Report, sent: Traffic
+) -> dict[str, Any]:
     line: dict[str, Any] = {"round": state.round, "asked": len(cohort)}
     line |= {"replied": list(report.replied), **dict(report.metrics)}
-    line |= {"up_bytes": report.up_bytes, "down_bytes": down}
+    line |= {"up_bytes": report.up_bytes, "down_bytes": sent.bytes}
+    line |= {"up_head_bytes": sent.of_head(report.up_sizes), "down_head_bytes": sent.head_bytes}
     return line | ({"refused": dict(report.refused)} if report.refused else {})
 
 
@@ -266,16 +272,11 @@ def _evaluate(run: _Run, state: ServerState) -> dict[str, Any]:
 
 
 def _evaluate_clients(run: _Run, state: ServerState) -> dict[str, Any]:
-    sent = {"bytes": 0}
-
-    def requests() -> Iterator[tuple[str, Message]]:
-        asked = evaluated_clients(run.plan, list(run.engine.population()))
-        for client, message in run.messages(state, asked):
-            sent["bytes"] += message.nbytes
-            yield client, message
-
+    sent = Traffic([])
+    asked = evaluated_clients(run.plan, list(run.engine.population()))
+    requests = sent.counted(run.messages(state, asked, training=False))
     found, refused, names = dict[str, Metrics](), dict[str, str](), {*run.plan.task.measures}
-    for client, metrics in run.engine.evaluate(requests()):
+    for client, metrics in run.engine.evaluate(requests):
         if isinstance(metrics, Exception):
             refused[client] = str(metrics)[:300]
         elif {*metrics} != names or not all(map(math.isfinite, metrics.values())):
@@ -285,7 +286,7 @@ def _evaluate_clients(run: _Run, state: ServerState) -> dict[str, Any]:
     found = {client: found[client] for client in sorted(found)}
     line: dict[str, Any] = {f"clients/{k}": v for k, v in summarise(found).items()}
     line["per_client"] = {client: dict(metrics) for client, metrics in found.items()}
-    line["eval_bytes"] = sent["bytes"]
+    line["eval_bytes"] = sent.bytes
     return line | ({"not_evaluated": refused} if refused else {})
 
 
@@ -323,7 +324,10 @@ def _table(run: _Run, at: Checkpoint, rows: Mapping[str, Metrics]) -> dict[str, 
         "up_bytes": sum(line["up_bytes"] for line in run.history),
         "down_bytes": sum(line["down_bytes"] for line in run.history),
         "eval_bytes": sum(line.get("eval_bytes", 0) for line in run.history),
+        "up_head_bytes": sum(line.get("up_head_bytes", 0) for line in run.history),
+        "down_head_bytes": sum(line.get("down_head_bytes", 0) for line in run.history),
         "seconds": round(sum(line["seconds"] for line in run.history), 1),
+        "server_seconds": round(sum(line.get("server_seconds", 0) for line in run.history), 3),
     }
 
 

@@ -60,9 +60,7 @@ def group_evaluation(
     One that has less than the whole adapter is evaluated with what it has. Clients share passes as
     ``grouping`` allows; more of them where all hold the same.
     """
-    tensors = [
-        receive(plan, site, a.client, a.message, a.memory, trains=False).tensors for a in asked
-    ]
+    tensors = [receive(plan, site, a, training=False).tensors for a in asked]
     return site.learner.evaluate(padded(tensors, site.tables.shapes), held, grouping.width)
 
 

@@ -42,28 +42,38 @@ class _Traffic:
         self._plan, self._tables = plan, tables
         self.edits = _edits(plan, tables, clients, cohort)
         self._found: dict[Tables, tuple[Size, Size]] = {}
-        kinds: dict[tuple[frozenset[str], frozenset[str]], list[int]] = {}
-        for round in range(plan.rounds):
-            roles = tables.roles(round)
-            kinds.setdefault((roles.down, roles.up), []).append(round)
-        self._rounds = [(rounds[0], len(rounds)) for rounds in kinds.values()]
+        self._used: dict[Tables, Size] = {}
+        self.asked, self.answered = _later(tables)
 
     def of(self, client: str) -> tuple[Size, Size]:
-        """Return the sizes down and up, the mean over rounds where they differ.
+        """Return the sizes down and up in a first phase, the mean over rounds where they differ.
 
         ``edits`` of the base, by round, come on top of what goes down.
         """
         own = self._tables.of(client)
         if own not in self._found:
-            down = self._mean(_down, own)
-            down = Size(down.bytes, down.exact and not self._tables.folds)
-            self._found[own] = down, self._mean(_up, own)
+            self._found[own] = self._mean(_down, client), self._mean(_up, client)
         return self._found[own]
 
-    def _mean(self, measure: Callable[[Plan, Tables, int], Size], own: Tables) -> Size:
-        found = [(measure(self._plan, own, round), often) for round, often in self._rounds]
-        total = sum(often * size.bytes for size, often in found)
-        return Size(round(total / self._plan.rounds), all(size.exact for size, _ in found))
+    def evaluating(self, client: str) -> Size:
+        """Return the size of what a client is sent to evaluate, without ``edits``."""
+        own = self._tables.of(client)
+        if own not in self._used:
+            self._used[own] = _down(self._plan, own, 0)
+        return self._used[own]
+
+    def _mean(self, measure: Callable[[Plan, Tables, int], Size], client: str) -> Size:
+        """Return the mean over rounds; those in which the same travels are measured once."""
+        sizes: dict[tuple[Tables, frozenset[str], frozenset[str]], Size] = {}
+        total = 0
+        for at in range(self._plan.rounds):
+            own = self._tables.of(client, at)
+            roles = own.roles(at)
+            kind = own, roles.down, roles.up
+            if kind not in sizes:
+                sizes[kind] = measure(self._plan, own, at)
+            total += sizes[kind].bytes
+        return Size(round(total / self._plan.rounds), all(s.exact for s in sizes.values()))
 
 
 def preview(plan: Plan) -> dict[str, Any]:
@@ -89,7 +99,7 @@ def preview(plan: Plan) -> dict[str, Any]:
         "cohort": cohort,
         "local": _local(plan, federation),
         "stacked": plan.adapter.max_group != 1,
-        "bytes": _bytes(plan, federation, traffic, cohort, found.exact),
+        "bytes": _bytes(plan, federation, traffic, cohort, found.exact and not tables.folds),
         "memory": _memory(found, shapes, tables, plan),
         "warnings": list(checked.warnings),
     }
@@ -102,8 +112,8 @@ def _bytes(
     each = [traffic.of(client) for client in federation.population]
     found: dict[str, Any] = {}
     edits = round(sum(traffic.edits[: plan.rounds]) / plan.rounds)
-    ways = (("down", [d for d, _ in each], edits), ("up", [u for _, u in each], 0))
-    for way, sizes, more in ways:
+    for way, more in (("down", traffic.asked + edits), ("up", traffic.answered)):
+        sizes = [one[way == "up"] for one in each]
         exact = exact and all(size.exact for size in sizes)
         counts = [size.bytes + more for size in sizes]
         mean = sum(counts) / len(counts)
@@ -122,7 +132,7 @@ def _evaluation(plan: Plan, federation: Federation, traffic: _Traffic) -> int:
     if "clients" not in plan.evaluations or not plan.holdout:
         return 0
     asked = evaluated_clients(plan, list(federation.train))
-    each = sum(traffic.of(client)[0].bytes for client in asked)
+    each = sum(traffic.evaluating(client).bytes for client in asked)
     after = {*range(plan.eval_every, plan.rounds + 1, plan.eval_every), plan.rounds}
     return round(sum(each + len(asked) * traffic.edits[t] for t in after))
 
@@ -150,7 +160,10 @@ def _edits(plan: Plan, tables: Tables, clients: Sequence[str], cohort: float) ->
     """
     if not isinstance(plan.aggregator, Folding) or not clients or not cohort:
         return [0.0] * (plan.rounds + 1)
-    ranks = sorted(_rank(tables.of(client).shapes) for client in clients)
+    sums = dict.fromkeys(clients, 0)
+    for at in range(plan.rounds):
+        sums = {c: rank + _rank(tables.of(c, at).shapes) for c, rank in sums.items()}
+    ranks = sorted(round(total / plan.rounds) for total in sums.values())
     asked, share = max(1, round(cohort)), min(1.0, cohort / len(clients))
     usual = [ranks[(2 * k + 1) * len(ranks) // (2 * asked)] for k in range(asked)]
     growth = plan.aggregator.growth(usual)
@@ -175,12 +188,23 @@ def _up(plan: Plan, tables: Tables, round: int) -> Size:
     }
 
     def packed(kind: int) -> int:
-        sections = {"adapter": _encoded(plan.uplink, expected["adapter"], kind)}
-        if "control" in expected:
-            sections["control"] = _filled(expected["control"], kind)
+        sections = {name: _filled(shapes, kind) for name, shapes in expected.items()}
+        sections["adapter"] = _encoded(plan.uplink, expected["adapter"], kind)
         return body(sections, expected).seal(told).nbytes
 
     return _measured(packed)
+
+
+def _later(tables: Tables) -> tuple[int, int]:
+    """Return the bytes of the questions and of the answers of all phases but the first."""
+    told: dict[str, Scalar] = {"run": _RUN, "round": 0, "phase": 1}
+    found = [0, 0]
+    for phase in tables.phases[1:]:
+        for way, shapes in enumerate(phase):
+            expected = {("question", "answer")[way]: shapes}
+            filled = {section: _filled(shapes, 0) for section in expected}
+            found[way] += body(filled, expected).seal(told).nbytes
+    return found[0], found[1]
 
 
 def _measured(packed: Any) -> Size:

@@ -7,6 +7,7 @@ server   server_round:  decode and check each reply, aggregate, step
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,11 +17,23 @@ from fedpeft.admission import admit, printable
 from fedpeft.errors import PlanError, RunError, WireError
 from fedpeft.folds import Fold
 from fedpeft.memory import NEVER
+from fedpeft.phases import Ask, Later, Reply, Sum, nobody
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
 from fedpeft.tables import Tables
 from fedpeft.tensors import is_finite, narrowed, padded, shapes_of
-from fedpeft.types import Metrics, Population, Scalar, Sent, Shapes, Tensors, Update, Weights
+from fedpeft.types import (
+    Asking,
+    Metrics,
+    Population,
+    Scalar,
+    Sent,
+    Shapes,
+    Step,
+    Tensors,
+    Update,
+    Weights,
+)
 from fedpeft.wire import Body, Message, body
 
 
@@ -43,12 +56,16 @@ class ServerState:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one round was: who replied, who was refused and why, bytes and training metrics."""
+    """What one round was: who replied, who was refused and why, bytes and training metrics.
+
+    ``up_sizes`` are the bytes that each tensor took in the updates that could be used.
+    """
 
     replied: Sequence[str]
     refused: Mapping[str, str]
     up_bytes: int
     metrics: Metrics
+    up_sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def start(plan: Plan, tables: Tables, initial: Tensors) -> ServerState:
@@ -67,18 +84,19 @@ def messages(
     clients: Iterable[str],
     *,
     remote: bool = False,
+    training: bool = True,
 ) -> Iterator[tuple[str, Message]]:
     """Yield what each client of this round is sent; clients that are sent the same share a body.
 
-    Clients that are ``remote`` keep the edits of the base, and are sent those that they missed. To
-    others all of them are at hand: it costs nothing to pass them on, and only what they would have
-    missed is counted.
+    It may be less where they are ``training`` than to use the adapter. Clients that are ``remote``
+    keep the edits of the base, and are sent those that they missed. To others all of them are at
+    hand: it costs nothing to pass them on, and only what they would have missed is counted.
     """
     bodies: dict[tuple[Tables, Sequence[int]], Body] = {}
     nothing = state.fold.held(NEVER)
     for client in clients:
         held = state.fold.held(state.acks.get(client, NEVER))
-        key = tables.of(client), held if remote else nothing
+        key = tables.of(client, state.round if training else None), held if remote else nothing
         if key not in bodies:
             bodies[key] = broadcast(plan, key[0], state, key[1])
         spared = 0 if remote else state.fold.spared(held)
@@ -117,45 +135,104 @@ def server_round(
     run: str,
     population: Population,
     weights: Weights,
-    replies: Iterable[tuple[str, Message | bytes | Exception]],
+    replies: Iterable[Reply],
+    ask: Ask = nobody,
 ) -> tuple[ServerState, Report]:
     """Decode and check each reply, aggregate, step.
 
     ``replies`` come in client order; who replied is the transport's word. A reply that cannot be
-    used counts as zero and is named in the report.
+    used counts as zero and is named in the report. ``ask`` brings the questions of later phases.
     """
-    control, refused, used = state.control, dict[str, str](), list[Update]()
-    answered, up_bytes, sents = set[str](), 0, dict[Tables, Sent]()
-    up = tables.up(state.round)["adapter"]
+    intake = _Intake(plan, tables, state, run, population, weights)
+    stream, sent = intake.updates(replies), _sent(plan, tables, state)
+    step = plan.aggregator.reduce(stream, sent, weights)
+    for _ in stream:  # an aggregator that stops early must not hide who replied
+        pass
+    if isinstance(plan.aggregator, Asking):
+        later = Later(plan, plan.aggregator, tables.phases, intake.told, weights, sent)
+        settled = later.settled(intake.answers, intake.names, ask, intake.note)
+        step = replace(step, replaced={k: v.astype(np.float32) for k, v in settled.items()})
+    params, slots = _stepped(plan, tables, state, step)
+    acks = {**state.acks, **dict.fromkeys(intake.names, state.round)}
+    after = state.round + 1
+    fold = state.fold.plus(step.fold, after, {*acks.values()}) if tables.folds else state.fold
+    metrics, sizes = _metrics(intake.used), Counter[str]()
+    for update in intake.used:
+        sizes.update(update.sizes)
+    report = Report(intake.names, intake.refused, intake.up_bytes, metrics, sizes)
+    return ServerState(params, slots, intake.control, acks, after, fold), report
 
-    def updates() -> Iterator[Update]:
-        nonlocal control, up_bytes
+
+class _Intake:
+    """Takes in the replies of a round: what became of each, and the control state after them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        tables: Tables,
+        state: ServerState,
+        run: str,
+        population: Population,
+        weights: Weights,
+    ) -> None:
+        self._plan, self._tables, self._state = plan, tables, state
+        self._population, self._weights = population, weights
+        self.told: Mapping[str, Scalar] = {"run": run, "round": state.round}
+        self.control, self.up_bytes, self.answers = state.control, 0, Sum()
+        self.refused: dict[str, str] = {}
+        self.used: list[Update] = []
+        self._answered: set[str] = set()
+        self._sents: dict[Tables, Sent] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Whose replies could be used."""
+        return [update.client for update in self.used]
+
+    def updates(self, replies: Iterable[Reply]) -> Iterator[Update]:
+        """Yield what can be used."""
+        plan, tables = self._plan, self._tables
+        of, up = (str(self.told["run"]), self._state.round), tables.up(self._state.round)["adapter"]
         for client, reply in replies:
             try:
                 if isinstance(reply, Exception):
                     raise WireError(str(reply))
-                up_bytes += len(reply) if isinstance(reply, bytes) else reply.nbytes
-                if client in answered:
+                self.up_bytes += len(reply) if isinstance(reply, bytes) else reply.nbytes
+                if client in self._answered:
                     raise WireError("a second reply in one round")
-                answered.add(client)
-                update = admit(plan, tables, (run, state.round), client, reply, population, weights)
-                control = _corrected(plan, control, state.control, update, len(population))
+                self._answered.add(client)
+                update = admit(plan, tables, of, client, reply, self._population, self._weights)
+                self.control = _corrected(
+                    plan, self.control, self._state.control, update, len(self._population)
+                )
             except WireError as error:
-                refused[client] = printable(str(error))
+                self.refused[client] = printable(str(error))
                 continue
-            used.append(replace(update, delta={}, extras={}))
-            own = tables.of(client)
-            begun = own.begin(client, state.round)
-            if own is not tables or begun:
-                sents[own] = sents.get(own) or _sent(plan, own, state)
-                its = replace(sents[own], moving={**sents[own].moving, **begun})
-                update = replace(update, delta=padded([update.delta], up)[0], sent=its)
-            yield update
+            self.used.append(replace(update, delta={}, extras={}, answer={}))
+            self.answers.add(update.weight / self._weights.denominator, update.answer)
+            if sent := self._its(client):
+                update = replace(update, delta=padded([update.delta], up)[0], sent=sent)
+            yield replace(update, answer={})
 
-    stream = updates()
-    step = plan.aggregator.reduce(stream, _sent(plan, tables, state), weights)
-    for _ in stream:  # an aggregator that stops early must not hide who replied
-        pass
+    def note(self, client: str, nbytes: int, problem: str) -> None:
+        """Take down what became of a reply of a later phase."""
+        self.up_bytes += nbytes
+        if problem:
+            self.refused[client] = printable(problem)
+
+    def _its(self, client: str) -> Sent | None:
+        """Return what ``client`` was sent and began with, where it is not what all have."""
+        own = self._tables.of(client, self._state.round)
+        begun = own.begin(client, self._state.round)
+        if own is self._tables and not begun:
+            return None
+        self._sents[own] = self._sents.get(own) or _sent(self._plan, own, self._state)
+        return replace(self._sents[own], moving={**self._sents[own].moving, **begun})
+
+
+def _stepped(plan: Plan, tables: Tables, state: ServerState, step: Step) -> tuple[Tensors, Tensors]:
+    """Check a step and take it; return the adapter and the optimizer's slots after it."""
+    up = tables.up(state.round)["adapter"]
     expected = {k: s for k, s in up.items() if k in state.params and k not in step.replaced}
     known = {k: v.shape for k, v in state.params.items() if k in step.replaced}
     if shapes_of(step.delta) != expected or shapes_of(step.replaced) != known:
@@ -170,11 +247,7 @@ def server_round(
             f"round {state.round}: the server's step is not finite; lower the optimizer's lr or "
             "the trainer's"
         )
-    acks = {**state.acks, **{update.client: state.round for update in used}}
-    report = Report([u.client for u in used], refused, up_bytes, _metrics(used))
-    params, after = {**state.params, **moved}, state.round + 1
-    fold = state.fold.plus(step.fold, after, {*acks.values()}) if tables.folds else state.fold
-    return ServerState(params, slots, control, acks, after, fold), report
+    return {**state.params, **moved}, slots
 
 
 def _encoded(plan: Plan, shapes: Shapes, state: ServerState) -> Tensors:

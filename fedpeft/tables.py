@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from fedpeft import folds
 from fedpeft.errors import PlanError
 from fedpeft.plan import Plan
 from fedpeft.tensors import narrowed, shapes_of, size
-from fedpeft.types import Folding, Narrowing, Restarting, Roles, Shapes, Tensors
+from fedpeft.types import Asking, Folding, Narrowing, Restarting, Roles, Shapes, Tensors
 from fedpeft.wire import Body, Message, unpack
 
 
@@ -33,29 +33,32 @@ class Tables:
     def __init__(self, plan: Plan, shapes: Shapes) -> None:
         self._plan, self.shapes = plan, shapes
         self._narrowing = plan.adapter if isinstance(plan.adapter, Narrowing) else None
-        self._of: dict[str, Tables] = {}
+        self._of: tuple[int | None, dict[str, Tables]] = (None, {})
         self._narrow: dict[tuple[tuple[int, ...], ...], Tables] = {}
         self._part: tuple[Tensors | None, Tensors] = (None, {})
         self._down: tuple[int, dict[str, Shapes]] = (-1, {})
         self._up: tuple[int, dict[str, Shapes]] = (-1, {})
         self._last: tuple[Body | None, Broadcast] = (None, Broadcast({}, {}, {}))
 
-    def of(self, client: str) -> Tables:
+    def of(self, client: str, round: int | None = None) -> Tables:
         """Return the tables of what ``client`` has: these where it has everything.
 
-        Clients that have the same share them. Raises ``PlanError`` for a correction whose control
+        It may have less while it trains in a ``round``. Clients that have the same share them.
+        Raises ``PlanError`` for a correction whose control
         state is that of the whole adapter.
         """
         if self._narrowing is None:
             return self
-        if client not in self._of:
-            shapes = self._narrowing.narrow(self.shapes, client, self._plan.seed)
+        if round != self._of[0]:
+            self._of = round, {}
+        if client not in self._of[1]:
+            shapes = self._narrowing.narrow(self.shapes, client, self._plan.seed, round)
             if shapes is self.shapes:
                 return self
             key = tuple(shapes.values())
             self._narrow[key] = self._narrow.get(key) or self._narrower(shapes)
-            self._of[client] = self._narrow[key]
-        return self._of[client]
+            self._of[1][client] = self._narrow[key]
+        return self._of[1][client]
 
     @property
     def mixed(self) -> bool:
@@ -88,10 +91,20 @@ class Tables:
     def up(self, round: int) -> dict[str, Shapes]:
         """What a reply of ``round`` holds."""
         if self._up[0] != round:
-            up = self.roles(round).up
+            aggregator, up = self._plan.aggregator, self.roles(round).up
+            if isinstance(aggregator, Asking):
+                up -= {*aggregator.instead(self.shapes)}
             shared = {k: s for k, s in self.shapes.items() if k in up}
-            self._up = round, _sections(shared, self._plan.correction.extras_up(shared))
+            found = _sections(shared, self._plan.correction.extras_up(shared))
+            answer = self.phases[0][1]
+            self._up = round, found | ({"answer": answer} if answer else {})
         return self._up[1]
+
+    @property
+    def phases(self) -> Sequence[tuple[Shapes, Shapes]]:
+        """Questions and answers of each phase; one without either where nothing is asked."""
+        aggregator = self._plan.aggregator
+        return aggregator.phases(self.shapes) if isinstance(aggregator, Asking) else [({}, {})]
 
     def _narrower(self, shapes: Shapes) -> Tables:
         if "control" in self.down(0) or "control" in self.up(0):
@@ -131,7 +144,8 @@ class Tables:
     @property
     def remembers(self) -> bool:
         """Whether clients keep memory under this plan."""
-        return self._plan.correction.remembers or bool(self.roles(0).local)
+        asked_again = len(self.phases) > 1
+        return self._plan.correction.remembers or bool(self.roles(0).local) or asked_again
 
 
 def _sections(adapter: Shapes, control: Shapes) -> dict[str, Shapes]:

@@ -167,9 +167,13 @@ def show_result(console: Console, result: Result) -> None:
         console.print(shown)
     if held := _held_out(table["last"]):
         console.print(f"held-out records of the clients: {held}", highlight=False)
+    up, down, held, of_up, of_down = (
+        f"{table.get(name, 0) / 1e6:,.2f}"
+        for name in ("up_bytes", "down_bytes", "eval_bytes", "up_head_bytes", "down_head_bytes")
+    )
+    head = f" (of them {of_up} and {of_down} the head)" if table.get("down_head_bytes") else ""
     console.print(
-        f"{table['up_bytes'] / 1e6:,.2f} MB up, {table['down_bytes'] / 1e6:,.2f} MB down, "
-        f"{table['eval_bytes'] / 1e6:,.2f} MB for federated evaluation; "
+        f"{up} MB up, {down} MB down{head}, {held} MB for federated evaluation; "
         f"{table['seconds']:,.1f} s of rounds",
         highlight=False,
     )

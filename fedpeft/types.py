@@ -111,6 +111,9 @@ class Weights:
 class Update:
     """What the server holds of one client: decoded, checked, ``delta = trained - received``.
 
+    ``answer`` is what it says where the aggregator is :class:`Asking`; ``sizes`` are the bytes that
+    each tensor of the update took.
+
     ``lr_sum`` adds up the learning rates of the local steps (steps x lr when constant). A client
     that has only the first entries of some tensors (mixed ranks) was ``sent`` those: it trained
     them and nothing else, so the rest of its ``delta`` is zero. What began anew counts as sent.
@@ -123,6 +126,8 @@ class Update:
     extras: Tensors = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
     sent: Sent | None = None
+    answer: Tensors = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,10 +459,11 @@ class Adapter(Protocol):
 class Narrowing(Protocol):
     """What an adapter has besides whose clients may have less than all of it (mixed ranks)."""
 
-    def narrow(self, shapes: Shapes, client: str, seed: int) -> Shapes:
+    def narrow(self, shapes: Shapes, client: str, seed: int, round: int | None) -> Shapes:
         """Return what ``client`` has: of each tensor the first entries along every axis.
 
-        The same object where it has everything. ``seed`` is the plan's.
+        The same object where it has everything. It may have less while it trains in a ``round``
+        than when it uses the adapter (``None``). ``seed`` is the plan's.
         """
         ...
 
@@ -567,6 +573,39 @@ class Aggregator(Protocol):
 
         The step's ``delta`` names what was ``sent.moving``, but for what it replaces.
         """
+        ...
+
+
+@runtime_checkable
+class Asking(Protocol):
+    """What an aggregator has besides that adds up functions of what clients trained.
+
+    Some tensors do not travel up; instead each client answers, in one or more phases of the round,
+    with what :meth:`answer` makes of them. The server looks at weighted sums of answers alone.
+    """
+
+    def instead(self, shapes: Shapes) -> Collection[str]:
+        """Return the tensors that do not travel up."""
+        ...
+
+    def phases(self, shapes: Shapes) -> Sequence[tuple[Shapes, Shapes]]:
+        """Return the shapes of each phase's question and answer; the first has no question."""
+        ...
+
+    def answer(self, phase: int, trained: Tensors, question: Tensors, seed: int) -> Tensors:
+        """Return a client's answer, float32, linear in the products that it has.
+
+        ``trained`` is the whole adapter as it came out, or as it was sent for those who are
+        missing. ``seed`` belongs to this round and is known to all.
+        """
+        ...
+
+    def ask(self, sums: Sequence[Tensors], sent: Sent) -> Tensors:
+        """Return the question of phase ``len(sums)``, float32."""
+        ...
+
+    def settle(self, sums: Sequence[Tensors], sent: Sent) -> Tensors:
+        """Return new values for the tensors that did not travel, from all sums, float64."""
         ...
 
 

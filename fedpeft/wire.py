@@ -18,7 +18,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -39,10 +39,14 @@ _MAX_RANK = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Body:
-    """The sections of a packet, serialised once and sent under many headers."""
+    """The sections of a packet, serialised once and sent under many headers.
+
+    ``sizes`` are the bytes of each array of the first section, where this process has made it.
+    """
 
     sections: Sequence[Sequence[Any]]
     pieces: Sequence[memoryview]
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def seal(self, header: Mapping[str, Scalar], spared: int = 0) -> Message:
         """Return the message with this header. Raises ``WireError`` for one no receiver takes."""
@@ -97,7 +101,8 @@ def body(sections: Mapping[str, Tensors], expected: Mapping[str, Shapes]) -> Bod
         uniform = kinds[0] if len(set(kinds)) == 1 else kinds
         entries.append([section, table_id(table) if same else None, uniform, index])
         pieces += [_flat(value) for value in tensors.values() if value.size]
-    return Body(entries, pieces)
+    first = next(iter(sections.values()), {})
+    return Body(entries, pieces, {name: value.nbytes for name, value in first.items()})
 
 
 def pack(packet: Packet, expected: Mapping[str, Shapes]) -> Message:

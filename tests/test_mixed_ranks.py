@@ -105,7 +105,7 @@ def same(a: Tensors, b: Tensors) -> bool:
 
 
 def untimed(history: Any) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in history]
+    return [{k: v for k, v in line.items() if "seconds" not in k} for line in history]
 
 
 # --- the line -----------------------------------------------------------------------------------

@@ -46,8 +46,9 @@ def test_lines_are_specs_of_a_plan(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_explicit_lines_win(name: str) -> None:
-    replaces = "entrywise" in getattr(_plan(name).aggregator, "refuses", {})
-    optimizer = "sgd" if replaces else "sgd(lr=0.25)"  # steps of entries that are made anew
+    parts = (part for _, part in _plan(name).parts())
+    replaces = any("entrywise" in getattr(part, "refuses", {}) for part in parts)
+    optimizer = "sgd" if replaces else "sgd(lr=0.25)"  # steps of entries made anew, or at rest
     lines = {"weighting": "uniform(denominator='expected')", "optimizer": optimizer}
     plan = _plan(name, **lines, uplink="half")
     assert describe(plan.weighting) == "uniform(denominator='expected')"

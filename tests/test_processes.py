@@ -82,7 +82,7 @@ def same(a: Tensors, b: Tensors) -> bool:
 
 
 def rounds(result: Result) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in result.history]
+    return [{k: v for k, v in line.items() if "seconds" not in k} for line in result.history]
 
 
 def failing(**fields: object) -> str:

@@ -62,7 +62,7 @@ def content(path: Path) -> dict[str, bytes]:
 
 def timeless(text: bytes) -> Any:
     found = json.loads(text)
-    return {k: v for k, v in found.items() if k not in ("seconds", "run")}
+    return {k: v for k, v in found.items() if "seconds" not in k and k != "run"}
 
 
 def state(path: Path, name: str) -> list[tuple[str, bytes]]:
@@ -317,4 +317,6 @@ def test_a_run_without_a_folder_is_the_same(runs: Runs, whole: Whole) -> None:
     assert ended.history is not None
     assert whole.ended.history is not None
     for ours, theirs in zip(ended.history, whole.ended.history, strict=True):
-        assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+        assert {k: v for k, v in ours.items() if "seconds" not in k} == {
+            k: v for k, v in theirs.items() if "seconds" not in k
+        }

@@ -1,4 +1,4 @@
-"""Which rank a client has, by the plan alone: named in it, or drawn for the client's name."""
+"""Which rank a client has, by the plan alone: named in it, or drawn for its name or the round."""
 
 from __future__ import annotations
 
@@ -20,19 +20,28 @@ from fedpeft.types import Shapes
 class Ranks:
     """``named`` clients have the rank written there; all others draw one of ``drawn``.
 
-    ``drawn`` are ranks and their weights. Who else takes part changes no client's rank.
+    ``drawn`` are ranks and their weights. Who else takes part changes no client's rank. Or all have
+    the same, drawn for each round between ``least`` and the highest.
     """
 
     named: Mapping[str, int]
     drawn: Sequence[tuple[int, float]]
+    least: int | None = None
 
     @property
     def known(self) -> set[int]:
         """Every rank that a client may have."""
         return {*self.named.values(), *(rank for rank, _ in self.drawn)}
 
-    def of(self, client: str, seed: int) -> int:
-        """Return the rank of ``client``. Raises ``PlanError`` where the plan gives it none."""
+    def of(self, client: str, seed: int, round: int | None = None) -> int:
+        """Return the rank of ``client`` in a round of training, or outside of any.
+
+        Raises ``PlanError`` where the plan gives it none.
+        """
+        if self.least is not None:
+            most = max(self.known)
+            drawn = derive(seed, "rank", round or 0).integers(self.least, most + 1)
+            return most if round is None else int(drawn)
         if client in self.named:
             return self.named[client]
         if not self.drawn:
@@ -64,10 +73,15 @@ def narrowed(shapes: Shapes, rank: int) -> Shapes:
 
 @lru_cache(maxsize=16)
 def parse(text: str) -> Ranks:
-    """Read ``"4,8,16"``, ``"4*40,8*20,16*10"`` (weights) or ``"name=4,other=16,8"``.
+    """Read ``"4,8,16"``, ``"4*40,8*20,16*10"`` (weights), ``"name=4,other=16,8"`` or ``"4..16"``.
 
     Raises ``SpecError`` naming the entry.
     """
+    least, dots, most = (part.strip() for part in text.partition(".."))
+    if dots:
+        if not (least.isdecimal() and most.isdecimal() and 0 < int(least) < int(most)):
+            raise _unreadable(text, text)
+        return Ranks({}, [(int(most), 1.0)], int(least))
     named, drawn = dict[str, int](), list[tuple[int, float]]()
     for entry in text.split(","):
         name, is_named, rest = (part.strip() for part in entry.rpartition("="))
@@ -95,5 +109,6 @@ def _weight(text: str) -> float:
 def _unreadable(text: str, entry: str) -> SpecError:
     return SpecError(
         f"lora: ranks={text!r} has the entry {entry.strip()!r}; write ranks to draw from, as in "
-        "'4,8,16' or with weights '4*40,8*20', and names as in 'anna=4,ben=16,8'"
+        "'4,8,16' or with weights '4*40,8*20', names as in 'anna=4,ben=16,8', or the least and the "
+        "most of a rank that is drawn in each round for all, as in '4..16'"
     )

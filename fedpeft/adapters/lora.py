@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from fedpeft.adapters import _align, _draw, _folded, _peft_folder, _ranks, _targets
+from fedpeft.adapters import _align, _claims, _draw, _folded, _peft_folder, _ranks, _targets
 from fedpeft.adapters._draw import Init, factor
-from fedpeft.errors import ModelError, SpecError
+from fedpeft.errors import ModelError
 from fedpeft.models._outline import Outline
 from fedpeft.rng import derive
 from fedpeft.spec import bounded, method
@@ -38,8 +38,10 @@ class Lora:
     ``local``, or leave it ``frozen``. ``rslora`` scales by alpha / sqrt(r) (arXiv 2312.03732).
     ``ranks`` gives clients less than ``r``: the first rows of ``A`` and columns of ``B``. It lists
     ranks that are drawn by the client's name, ``"4,8,16"`` or with weights ``"4*40,8*20,16*10"``,
-    and clients by name, ``"anna=4,ben=16,8"`` (8 for all others). The scale stays that of ``r`` for
-    everybody: with their own, what a client is sent would be another function.
+    and clients by name, ``"anna=4,ben=16,8"`` (8 for all others). With ``"1..16"`` the server draws
+    one for everybody in each round, and the higher ranks rest (DyLoRA, arXiv 2210.07558, as in
+    DP-DyLoRA, arXiv 2405.06368). The scale stays that of ``r``, where papers divide alpha by the
+    rank: what is evaluated would be another function than what was trained.
     ``fresh`` has both factors begin anew in every round, drawn for each ``client`` or for the
     ``round``; then only their product at the end of a round counts, and the aggregator has to add
     it to the base (FLoRA, arXiv 2409.05976).
@@ -65,64 +67,23 @@ class Lora:
     max_group: ClassVar[int | None] = None
 
     def check(self) -> None:
-        """Raise ``SpecError`` for an empty list of targets."""
-        if not _targets.named(self.targets):
-            raise SpecError("lora: targets='' names no module; try 'attention' or 'all-linear'")
-        if self.local != "none" and self.train != "A,B":
-            raise SpecError(
-                f"lora: local={self.local!r} keeps one factor while the other travels, so both "
-                f"must train: set train='A,B' instead of {self.train!r}"
-            )
-        if self.local != "none" and self.send == "both":
-            raise SpecError(f"lora: a factor cannot be local={self.local!r} and be sent to all")
-        if self.align and (self.train != "A,B" or self.local != "none"):
-            raise SpecError(
-                f"lora: align={self.align:g} turns both factors, so both must train and travel: "
-                f"set train='A,B' and local='none' instead of {self.train!r} and {self.local!r}"
-            )
-        sent = self.send == "both" or self.train == "B/A"
-        if self.fresh != "none" and (sent or self.local != "none" or self.align):
-            raise SpecError(
-                f"lora: fresh={self.fresh!r} forgets the factors after each round, so none is sent "
-                "down, kept or turned to: set train='A,B', 'A' or 'B', send='trained', "
-                "local='none' and align=0"
-            )
-        if self.ranks and (most := max(_ranks.parse(self.ranks).known)) != self.r:
-            raise SpecError(
-                f"lora: ranks={self.ranks!r} goes up to {most}, and r={self.r} is the rank of the "
-                f"whole adapter; set r={most}"
-            )
+        """Raise ``SpecError`` for fields that contradict each other."""
+        _claims.check(self)
 
     @property
     def offers(self) -> Mapping[str, str]:
         """What an aggregator may rely on."""
-        known = self.train in ("A,B", "B/A") or self.send == "both" or self.fresh != "none"
-        found = {"folds": "the base can be edited by products of its factors' shapes"}
-        if self.local == "none" and known:
-            found["both-factors"] = "A and B of every client are known to the server"
-        if self.fresh != "none":
-            found["fresh"] = "the factors begin anew in every round"
-        if self.fresh == "round":
-            found["common-start"] = "all clients begin a round with the same factors"
-        if self.train != "A,B":
-            found["one-factor"] = "one factor moves in a round, the other is common to all clients"
-        if self.train == "B":
-            found["precondition"] = "a fixed A gives a matrix to multiply the gradients of B by"
-        if self.ranks:
-            found["mixed-ranks"] = "clients have ranks of their own"
-        if self.align:
-            found["turned"] = "clients turn what they trained before they send it"
-        return found
+        return _claims.offers(self)
 
     @property
     def needs(self) -> Mapping[str, str]:
-        """What forgetting asks of the aggregator."""
-        if self.fresh == "none":
-            return {}
-        return {
-            "edits-base": "forgets the factors after each round, so their products must be added "
-            "to the base; use aggregator: stack"
-        }
+        """What factors that begin anew, or rest, ask of the aggregator."""
+        return _claims.needs(self)
+
+    @property
+    def refuses(self) -> Mapping[str, str]:
+        """What ranks that rest cannot bear."""
+        return _claims.refuses(self)
 
     @property
     def scale(self) -> float:
@@ -144,9 +105,9 @@ class Lora:
             found[f"{module}.lora_B.weight"] = (out, self.r)
         return {**found, **outline.head}
 
-    def narrow(self, shapes: Shapes, client: str, seed: int) -> Shapes:
+    def narrow(self, shapes: Shapes, client: str, seed: int, round: int | None) -> Shapes:
         """Return the shapes at the client's rank. Raises ``PlanError`` where it has none."""
-        rank = _ranks.parse(self.ranks).of(client, seed) if self.ranks else self.r
+        rank = _ranks.parse(self.ranks).of(client, seed, round) if self.ranks else self.r
         return shapes if rank == self.r else _ranks.narrowed(shapes, rank)
 
     def check_clients(self, names: Collection[str]) -> None:

@@ -23,6 +23,7 @@ class Scaffold(Correction):
     in the client's memory.
     """
 
+    offers: ClassVar[Mapping[str, str]] = {"reads-updates": "control state follows from updates"}
     needs: ClassVar[Mapping[str, str]] = {
         "plain-sgd": "reads the mean gradient off the update, which only SGD without momentum, "
         "weight decay and clipping allows: say trainer: plain(optimizer='sgd', lr=...)"
@@ -33,6 +34,8 @@ class Scaffold(Correction):
         "trained is no gradient step: set align=0 in lora, scales='fixed' in core",
         "mixed-ranks": "its control state is a mean over all clients, and of ranks that differ "
         "each entry has clients of its own: set ranks='' in the adapter",
+        "fresh": "its control state is about tensors that begin anew in every round: set "
+        "fresh='none' in the adapter",
     }
 
     remembers: ClassVar[bool] = True

@@ -20,7 +20,6 @@ class Flora:
     alpha: float = bounded(default=32.0, above=0)
     dropout: float = bounded(default=0.05, low=0, below=1)
     targets: str = "attention"
-    ranks: str = ""
     lr: float = bounded(default=3e-4, above=0)
     epochs: int = bounded(default=1, low=1)
     batch: int = bounded(default=128, low=1)
@@ -28,7 +27,7 @@ class Flora:
     def lines(self) -> Mapping[str, str]:
         """Return the lines."""
         size = f"r={self.r}, alpha={self.alpha!r}, dropout={self.dropout!r}"
-        roles = f"targets={self.targets!r}, ranks={self.ranks!r}, fresh='client'"
+        roles = f"targets={self.targets!r}, fresh='client'"
         work = f"lr={self.lr!r}, epochs={self.epochs}, batch={self.batch}"
         return {
             "adapter": f"lora({size}, {roles})",

@@ -19,11 +19,10 @@ class Florist:
     alpha: float = bounded(default=32.0, above=0)
     energy: float = bounded(default=0.9, above=0, high=1)
     targets: str = "attention"
-    ranks: str = ""
 
     def lines(self) -> Mapping[str, str]:
         """Return the lines."""
-        size = f"r={self.r}, alpha={self.alpha!r}, targets={self.targets!r}, ranks={self.ranks!r}"
+        size = f"r={self.r}, alpha={self.alpha!r}, targets={self.targets!r}"
         return {
             "adapter": f"lora({size}, fresh='client')",
             "correction": "none",
