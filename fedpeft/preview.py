@@ -134,7 +134,8 @@ def _evaluation(plan: Plan, federation: Federation, traffic: _Traffic) -> int:
     asked = evaluated_clients(plan, list(federation.train))
     each = sum(traffic.evaluating(client).bytes for client in asked)
     after = {*range(plan.eval_every, plan.rounds + 1, plan.eval_every), plan.rounds}
-    return round(sum(each + len(asked) * traffic.edits[t] for t in after))
+    edits: float = sum(traffic.edits[t] for t in after)
+    return each * len(after) + round(len(asked) * edits)
 
 
 def _down(plan: Plan, tables: Tables, round: int) -> Size:

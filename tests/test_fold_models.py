@@ -110,7 +110,7 @@ def edited(base: Base, edits: Mapping[str, Any], scale: float) -> Base:
     """Return a copy of the base in float64 with ``scale`` times the matrices in its weights."""
     model = copy.deepcopy(base.model).double()
     for module, matrix in edits.items():
-        target = model.get_submodule(module)
+        target: Any = model.get_submodule(module)
         change = torch.from_numpy(scale * matrix)
         target.weight.data += change.T if isinstance(target, Conv1D) else change
     return replace(base, model=model)
@@ -294,7 +294,7 @@ def test_flora_by_hand(camps: Camps, bases: Bases, arena: str, ranks: str) -> No
     for round in range(3):
         merged, moved = edited(base, sums, lora.scale), {k: v * 0 for k, v in heads.items()}
         for client, count in SIZES.items():
-            begun = lora.begin(lora.narrow(shapes, client, 0), round, client, 0)
+            begun = lora.begin(lora.narrow(shapes, client, 0, round), round, client, 0)
             trained = _trained(camp, lora, merged, {**heads, **begun}, client, round, head)
             for module, (a, b) in _factors(shapes).items():
                 sums[module] = sums[module] + count / total * trained[b] @ trained[a]
