@@ -37,6 +37,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, digest: str) -> None:
         **prefixed("slots", state.slots),
         **prefixed("control", state.control),
         **prefixed("fold", state.fold.tensors),
+        **prefixed("kept", state.kept),
         **prefixed("best", checkpoint.best_params),
     }
     note = {
@@ -72,9 +73,9 @@ def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
     tensors, note = read_tensor_file(path, remedy)
     if note["digest"] != digest:
         raise RunError(f"{path}: belongs to another plan; {remedy}")
-    params, slots, control, best, edits = (
-        select(tensors, name) for name in ("params", "slots", "control", "best", "fold")
+    params, slots, control, best, edits, kept = (
+        select(tensors, name) for name in ("params", "slots", "control", "best", "fold", "kept")
     )
     fold = Fold(edits, {round: ranks for round, *ranks in note.get("fold", [])})
-    state = ServerState(params, slots, control, note["acks"], note["round"], fold)
+    state = ServerState(params, slots, control, note["acks"], note["round"], fold, kept)
     return Checkpoint(state, Best(**note["best"]), best, note["line"])

@@ -36,6 +36,11 @@ class Product:
         """The inner dimension R, which the rank of the product does not exceed."""
         return int(self.a.shape[0])
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape [m, n] of the product."""
+        return int(self.b.shape[0]), int(self.a.shape[1])
+
     def dense(self) -> Matrix:
         """Return the product itself [m, n]."""
         found: Matrix = np.asarray(self.b, np.float64) @ np.asarray(self.a, np.float64)
@@ -97,6 +102,11 @@ def folded(module: str, value: Product) -> Tensors:
     """Return a product that is added to the module's weight as named arrays."""
     a, b = folded_names(module)
     return {a: value.a, b: value.b}
+
+
+def single(tensors: Tensors) -> Tensors:
+    """Return the arrays as float32."""
+    return {name: np.asarray(value, np.float32) for name, value in tensors.items()}
 
 
 def fold_of(tensors: Tensors, module: str) -> Product:

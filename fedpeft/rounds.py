@@ -47,6 +47,7 @@ class ServerState:
     acks: Mapping[str, int] = field(default_factory=dict)
     round: int = 0
     fold: Fold = field(default_factory=Fold)
+    kept: Tensors = field(default_factory=dict)
 
     @property
     def tensors(self) -> Tensors:
@@ -160,7 +161,7 @@ def server_round(
     for update in intake.used:
         sizes.update(update.sizes)
     report = Report(intake.names, intake.refused, intake.up_bytes, metrics, sizes)
-    return ServerState(params, slots, intake.control, acks, after, fold), report
+    return ServerState(params, slots, intake.control, acks, after, fold, step.kept), report
 
 
 class _Intake:
@@ -242,7 +243,7 @@ def _stepped(plan: Plan, tables: Tables, state: ServerState, step: Step) -> tupl
     with np.errstate(over="ignore", invalid="ignore"):
         moved, slots = plan.optimizer.step(state.params, step.delta, state.slots)
     moved = {**moved, **step.replaced}
-    if not (is_finite(moved) and is_finite(slots) and is_finite(step.fold)):
+    if not all(map(is_finite, (moved, slots, step.fold, step.kept))):
         raise RunError(
             f"round {state.round}: the server's step is not finite; lower the optimizer's lr or "
             "the trainer's"
@@ -262,7 +263,7 @@ def _sent(plan: Plan, tables: Tables, state: ServerState) -> Sent:
     received = plan.downlink.decode(_encoded(plan, down, state), down)
     moving = {k: received[k] for k in up if k in received}
     still = {k: v for k, v in received.items() if k not in up}
-    return Sent(moving, still, derive_seed(plan.seed, state.round, "aggregator"))
+    return Sent(moving, still, derive_seed(plan.seed, state.round, "aggregator"), state.kept)
 
 
 def _corrected(

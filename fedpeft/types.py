@@ -135,12 +135,14 @@ class Sent:
     """What the clients of a round were sent, as they decoded it.
 
     ``moving`` they train and answer with an update of; ``still`` only came down. ``seed`` belongs
-    to this round of this run alone, for aggregators that draw.
+    to this round of this run alone, for aggregators that draw. ``kept`` nobody was sent: it is what
+    the aggregator's last step has kept.
     """
 
     moving: Tensors
     still: Tensors = field(default_factory=dict)
     seed: int = 0
+    kept: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +152,14 @@ class Step:
     ``replaced`` are new values for tensors that were factorised anew: the old ones and the
     optimizer have no part in them, and ``delta`` does not name them. ``fold`` are products, float64
     and named by ``lowrank.folded``, that are added to the frozen base for good; only an aggregator
-    that is :class:`Folding` has any.
+    that is :class:`Folding` has any. ``kept`` is what the aggregator finds in the next round's
+    ``Sent``, float32 and of any names.
     """
 
     delta: Tensors
     replaced: Tensors = field(default_factory=dict)
     fold: Tensors = field(default_factory=dict)
+    kept: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

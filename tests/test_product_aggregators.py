@@ -105,6 +105,37 @@ def test_flexlora_is_the_best_of_its_rank(seed: int, clients: int, missing: floa
             assert _apart(_dense(after, module), expected) < 1e-5
 
 
+@pytest.mark.parametrize("missing", [0.0, 2.5])
+def test_momentum_of_products_is_that_of_dense_matrices(missing: float) -> None:
+    """Four rounds of the heavy ball on [m, n] matrices, the adapter being the best cut of each."""
+    method, beta = FlexLora(momentum=0.7), 0.7
+    played = _played(11, 3, missing)
+    held, kept = {**played.sent.moving}, dict[str, np.ndarray]()
+    speeds = {module: np.zeros(shape) for module, shape in MODULES.items()}
+    for seed in range(4):
+        moved = _played(20 + seed, 3, missing)
+        round = Round(Sent(held, kept=kept), moved.updates, moved.weights)
+        step = method.reduce(*_given(round))
+        for module in MODULES:
+            before = _dense(held, module)
+            speeds[module] = beta * speeds[module] + round.target(module) - before
+            expected = _best(before + speeds[module], RANK)
+            assert _apart(_dense(round.after(step), module), expected) < 1e-4
+            assert _apart(lowrank.fold_of(step.kept, module).dense(), speeds[module]) < 1e-4
+        held, kept = {**round.after(step)}, {**step.kept}
+
+
+def test_momentum_keeps_no_more_ranks_than_it_may() -> None:
+    played = _played(11, 5)
+    step = FlexLora(momentum=0.7, momentum_rank=4).reduce(*_given(played))
+    for module in MODULES:
+        speed = lowrank.fold_of(step.kept, module)
+        change = played.target(module) - _dense(played.sent.moving, module)
+        assert speed.rank == 4
+        assert _apart(speed.dense(), _best(change, 4)) < 1e-5
+    assert not FlexLora().reduce(*_given(played)).kept
+
+
 def test_the_head_is_averaged() -> None:
     played = _played(0, 4, missing=1.0)
     expected = Mean().reduce(*_given(played)).delta["head"]

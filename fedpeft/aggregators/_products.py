@@ -33,15 +33,15 @@ def refactored(
     updates: Iterable[Update],
     sent: Sent,
     weights: Weights,
-    solve: Callable[[Parts, int], Product],
+    solve: Callable[[str, Parts, Product], Product],
     by_rank: bool = False,
 ) -> Step:
-    """Replace each module's factors by ``solve`` of its products and rank; else a weighted mean.
+    """Replace each module's factors by ``solve`` of it, its products and what was sent of it.
 
-    A client that did not reply counts as the product that was sent, all of it: what the shares lack
-    of 1 is its share. ``by_rank`` divides each rank by the weight of those who have
-    it, see :func:`_balanced`. Without any reply, or while all products are zero, a module keeps its
-    factors.
+    All that is no factor is a weighted mean. A client that did not reply counts as the product that
+    was sent, all of it: what the shares lack of 1 is its share. ``by_rank`` divides each rank by
+    the weight of those who have it, see :func:`_balanced`. Without any reply, or while all products
+    are zero, a module keeps its factors.
     """
     received = {**sent.still, **sent.moving}
     held, rest = collected(updates, sent, weights)
@@ -55,7 +55,7 @@ def refactored(
         if abs(missing) > NOTHING:
             parts.append((missing, before))
         moved = clients and any(part.b.any() and part.a.any() for _, part in parts)
-        replaced |= lowrank.named(module, solve(parts, before.rank) if moved else before)
+        replaced |= lowrank.named(module, solve(module, parts, before) if moved else before)
     return Step(rest, replaced)
 
 

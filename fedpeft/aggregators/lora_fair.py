@@ -48,7 +48,7 @@ class LoraFair:
     def reduce(self, updates: Iterable[Update], sent: Sent, weights: Weights) -> Step:
         """Correct each module's ``B``; no [m, n] matrix is formed."""
 
-        def solve(parts: Parts, _: int) -> Product:
+        def solve(_: str, parts: Parts, __: Product) -> Product:
             mean = Product(
                 _sum((share, part.b) for share, part in parts),
                 _sum((share, part.a) for share, part in parts),
