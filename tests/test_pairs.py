@@ -38,7 +38,7 @@ ONE_MOVES = (
     "core(r=3, targets='all-linear', dropout=0.1, init='svd', sigma_to='A', head='local')",
     "full",
 )
-FRESH = ("lora(r=2, fresh='client', head='local')", "lora(r=3, ranks='1,2,3', fresh='client')")
+FRESH = ("lora(r=3, ranks='1,2,3', fresh='client', head='local')",)
 COMMON = ("lora(r=2, fresh='round')",)
 """Factors that begin anew in every round, and those which all clients begin with."""
 OWN = ("lora(r=2, local='B')",)
@@ -79,7 +79,7 @@ LISTED: Mapping[str, list[str]] = {
         *("mean", "ties", "ties(density=0.5, scope='tensor', space='dense')"),
         *("dare", "breadcrumbs", "model_stock"),
         *("flexlora", "flexlora(rank_normalise=True, sigma_to='split')", "fedsvd"),
-        *("hetlora(rank_normalise=True)", "lora_fair", "lora_fair(solver='cosine+norm', lam=0.0)"),
+        *("hetlora(rank_normalise=True)", "lora_fair"),
     ],
     "optimizer": ["sgd", "sgd(lr=0.5, momentum=0.9)", "adam", "yogi", "adagrad"],
     "partition": [
