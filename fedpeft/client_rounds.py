@@ -57,7 +57,7 @@ class Client(Protocol):
 class Received:
     """A broadcast as a client holds it; ``tensors`` is all it has, ``kept`` its memory.
 
-    ``remembered`` are the edits of the base that it has to remember.
+    ``remembered`` are the edits of the base, and what never changes, that it has to remember.
     """
 
     told: Mapping[str, Scalar]
@@ -90,14 +90,17 @@ def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Receiv
     if training:
         tensors |= tables.begin(client, round)
     fold = assembled(came.fold, select(kept, "fold"), site.tables.shapes) if came.fold else {}
+    once = came.once or select(kept, "once")
+    if {*once} != {*tables.once}:
+        raise WireError("lacks what never changes, and this client has not kept it")
     return Received(
         told,
         round,
         acknowledged,
-        {**tensors, **fold},
+        {**tensors, **once, **fold},
         came.control,
         select(kept, "correction"),
-        fold if keep else {},
+        {**prefixed("fold", fold), **prefixed("once", once)} if keep else {},
     )
 
 
@@ -238,7 +241,7 @@ def _finish(
     if site.tables.remembers or got.remembered:
         own = {k: trained[k].copy() for k in sorted(roles.local)}
         news = {**prefixed("local", own), **prefixed("correction", corrected)}
-        news |= prefixed("fold", got.remembered)
+        news |= got.remembered
         if len(site.tables.phases) > 1:
             news |= prefixed("trained", {k: np.array(whole[k]) for k in site.tables.shapes})
         memory = memory.after(got.acknowledged, round, news)

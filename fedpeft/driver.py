@@ -18,6 +18,7 @@ from fedpeft.errors import RunError
 from fedpeft.evaluation import evaluated_clients, scored, summarise
 from fedpeft.export import write_adapter
 from fedpeft.federation import Federation, deal
+from fedpeft.first_gradient import public_splits
 from fedpeft.models._base import fingerprint
 from fedpeft.phases import Reply
 from fedpeft.plan import Plan
@@ -122,6 +123,8 @@ def input_digests(plan: Plan, federation: Federation) -> tuple[str, ...]:
         from fedpeft.export import folder_digest
 
         found.append(folder_digest(Path(plan.warm_start)))
+    if (public := public_splits(plan)) is not None:
+        found.append(public.fingerprint)
     return tuple(found)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedpeft.errors import DataError, FedPeftError, ModelError, PlanError
 from fedpeft.federation import Federation, deal
+from fedpeft.first_gradient import public_splits
 from fedpeft.models._locate import file_of, locate
 from fedpeft.models._outline import Outline, outline
 from fedpeft.plan import Plan
@@ -57,6 +58,7 @@ def check(plan: Plan) -> Preflight:
         plan.task.encode([], None, found.limit, federation.classes)
     except FedPeftError as error:
         raise type(error)(f"task: {error}") from error
+    public_splits(plan)
     if plan.warm_start is not None:
         _check_folder(Path(plan.warm_start))
     return Preflight(federation, found, shapes, tuple(_warnings(plan, federation, shapes, found)))

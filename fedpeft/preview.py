@@ -44,6 +44,7 @@ class _Traffic:
         self._found: dict[Tables, tuple[Size, Size]] = {}
         self._used: dict[Tables, Size] = {}
         self.asked, self.answered = _later(tables)
+        self.once = 4 * size(tables.once.values())
 
     def of(self, client: str) -> tuple[Size, Size]:
         """Return the sizes down and up in a first phase, the mean over rounds where they differ.
@@ -124,7 +125,14 @@ def _bytes(
             f"{way}_per_round": round(cohort * mean),
             f"{way}_total": round(plan.rounds * cohort * mean),
         }
+    found["down_total"] += _once(plan, traffic.once, len(each), cohort)
     return {**found, "evaluation_total": _evaluation(plan, federation, traffic), "exact": exact}
+
+
+def _once(plan: Plan, once: int, clients: int, cohort: float) -> int:
+    """Return the bytes of what is sent once to each client that is ever asked, about so many."""
+    never = (1 - min(1.0, cohort / clients)) ** plan.rounds
+    return round(once * clients * (1 - never))
 
 
 def _evaluation(plan: Plan, federation: Federation, traffic: _Traffic) -> int:

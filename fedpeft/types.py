@@ -74,8 +74,9 @@ class Roles:
     """What happens to each adapter tensor in one round.
 
     ``train`` changes at the client; ``down`` and ``up`` travel; ``local`` trains but stays in the
-    client's memory; ``fresh`` begins anew in every round, see :class:`Restarting`. A tensor in none
-    of them is frozen and derived from the plan on every side.
+    client's memory; ``fresh`` begins anew in every round, see :class:`Restarting`; ``once`` never
+    changes, and comes down until a client is known to have it. A tensor in none of them is frozen
+    and derived from the plan on every side.
     """
 
     train: frozenset[str]
@@ -83,6 +84,7 @@ class Roles:
     up: frozenset[str]
     local: frozenset[str] = frozenset()
     fresh: frozenset[str] = frozenset()
+    once: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Raise ``PlanError`` for roles that contradict each other."""
@@ -92,6 +94,8 @@ class Roles:
             raise PlanError(f"adapter: {idle[0]} does not train, so it has nothing to send or keep")
         if lost := sorted(self.up - self.down - self.fresh):
             raise PlanError(f"adapter: {lost[0]} goes up but never down")
+        if moved := sorted(self.once & (self.train | self.down | self.fresh)):
+            raise PlanError(f"adapter: {moved[0]} is sent once, so it must never change")
         if sent := sorted(self.fresh & (self.down | self.local)):
             raise PlanError(f"adapter: {sent[0]} begins anew, so nobody needs its last values")
 
@@ -484,6 +488,25 @@ class Restarting(Protocol):
         """Return what ``client`` begins ``round`` with, of its ``shapes``: on every side the same.
 
         Nothing where no tensor is fresh (``Roles.fresh``). ``seed`` is the plan's.
+        """
+        ...
+
+
+@runtime_checkable
+class Informed(Protocol):
+    """What an adapter has besides whose start follows from gradients on public records.
+
+    Only the server has the records; what follows from them is sent (``Roles.once``).
+    """
+
+    def informant(self) -> tuple[str, int] | None:
+        """Return a data line and how many of its training records; ``None`` where none is asked."""
+        ...
+
+    def informed(self, initial: Tensors, gradients: Tensors) -> Tensors:
+        """Return the tensors before round 0, beside those of :meth:`Adapter.initial`.
+
+        ``gradients`` [out, in], float64, are those of the mean loss in the weights of the modules.
         """
         ...
 
