@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedpeft.errors import FedPeftError, PlanError, TrainError, WireError
 from fedpeft.folds import assembled
 from fedpeft.grouping import Grouping
+from fedpeft.local_models import after_round
 from fedpeft.memory import Memory
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
@@ -55,8 +56,9 @@ class Client(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A broadcast as a client holds it; ``tensors`` is all it has, ``kept`` its memory.
+    """A broadcast as a client holds it; ``tensors`` is all it has of the shared adapter.
 
+    ``kept`` is what the correction remembers, ``own`` what there is of a personal adapter,
     ``remembered`` are the edits of the base, and what never changes, that it has to remember.
     """
 
@@ -66,6 +68,7 @@ class Received:
     tensors: Tensors
     extras: Tensors
     kept: Tensors
+    own: Tensors
     remembered: Tensors
 
 
@@ -100,6 +103,7 @@ def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Receiv
         {**tensors, **once, **fold},
         came.control,
         select(kept, "correction"),
+        select(kept, "personal"),
         {**prefixed("fold", fold), **prefixed("once", once)} if keep else {},
     )
 
@@ -161,10 +165,12 @@ def group_round(
     fit = plan.trainer.fit(job)
     if any(value._version for value in job.params.values()):
         raise PlanError("trainer: changed the parameters it was given in place; it must copy them")
+    clients = [a.client for a in asked]
+    personal = after_round(plan, site, clients, received, grouping, on_step)
     played: dict[int, Played] = {}
     for at, (k, trained) in enumerate(zip(order, unstack(fit.params), strict=True)):
         own = narrowed(trained, shapes_of(received[k].tensors))
-        played[k] = _finish(plan, site, asked[k], received[k], own, fit, at)
+        played[k] = _finish(plan, site, asked[k], received[k], own, fit, at, personal[k])
     return [played[k] for k in range(len(asked))]
 
 
@@ -211,7 +217,14 @@ def _constants(
 
 
 def _finish(
-    plan: Plan, site: Client, asked: Asked, got: Received, trained: Tensors, fit: Fit, at: int
+    plan: Plan,
+    site: Client,
+    asked: Asked,
+    got: Received,
+    trained: Tensors,
+    fit: Fit,
+    at: int,
+    personal: Tensors,
 ) -> Played:
     """Subtract, encode and remember: what client ``at`` of ``fit`` does with what it trained."""
     client, round, memory = asked.client, got.round, asked.memory
@@ -241,7 +254,7 @@ def _finish(
     if site.tables.remembers or got.remembered:
         own = {k: trained[k].copy() for k in sorted(roles.local)}
         news = {**prefixed("local", own), **prefixed("correction", corrected)}
-        news |= got.remembered
+        news |= {**prefixed("personal", personal), **got.remembered}
         if len(site.tables.phases) > 1:
             news |= prefixed("trained", {k: np.array(whole[k]) for k in site.tables.shapes})
         memory = memory.after(got.acknowledged, round, news)

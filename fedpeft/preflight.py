@@ -46,6 +46,8 @@ def check(plan: Plan) -> Preflight:
         map(len, federation.held.values())
     ):
         raise PlanError("keep_best: no client has held-out records; raise holdout")
+    if plan.personal.when != "never" and not any(map(len, federation.held.values())):
+        raise PlanError("personal: no client has held-out records to evaluate on; raise holdout")
     try:
         found = outline(plan.model, plan.task.head, len(federation.classes))
     except FedPeftError as error:

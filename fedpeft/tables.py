@@ -87,6 +87,12 @@ class Tables:
         """What happens to each tensor in ``round``."""
         return self._plan.adapter.roles(self.shapes, round)
 
+    @cached_property
+    def trained(self) -> frozenset[str]:
+        """What trains in some round."""
+        rounds = range(self._plan.rounds)
+        return frozenset[str]().union(*(self.roles(round).train for round in rounds))
+
     def down(self, round: int) -> dict[str, Shapes]:
         """What a broadcast of ``round`` holds."""
         if self._down[0] != round:
@@ -163,8 +169,9 @@ class Tables:
     @property
     def remembers(self) -> bool:
         """Whether clients keep memory under this plan."""
-        asked_again = len(self.phases) > 1
-        return self._plan.correction.remembers or bool(self.roles(0).local) or asked_again
+        plan, own = self._plan, self.roles(0).local
+        asked_again, personal = len(self.phases) > 1, plan.personal.when == "rounds"
+        return plan.correction.remembers or personal or asked_again or bool(own)
 
 
 def _sections(adapter: Shapes, control: Shapes) -> dict[str, Shapes]:

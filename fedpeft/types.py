@@ -527,6 +527,10 @@ class Trainer(Protocol):
         """Return this trainer with as many steps as it takes to see ``records`` records."""
         ...
 
+    def but(self, steps: int | None, lr: float | None) -> Trainer:
+        """Return this trainer with ``steps`` optimizer steps at ``lr``; ``None`` keeps its own."""
+        ...
+
 
 @runtime_checkable
 class Correction(Protocol):
@@ -567,6 +571,28 @@ class Correction(Protocol):
     ) -> Tensors:
         """Fold one update into ``control``; ``before`` is the control state that was sent."""
         return control
+
+
+@runtime_checkable
+class Personal(Protocol):
+    """``personal/``: an adapter of each client's own, beside the shared one. It never travels.
+
+    ``when`` says when it trains: in the ``rounds`` that its client plays, going on from where the
+    client's memory has it, or before each ``evaluation``, from what the client was sent.
+    """
+
+    when: ClassVar[Literal["never", "rounds", "evaluation"]] = "never"
+
+    def trainer(self, trainer: Trainer) -> Trainer:
+        """Return what trains it, given the plan's trainer."""
+        return trainer
+
+    def adjust(self, gradient: Stacked, params: Stacked, shared: Stacked) -> Stacked:
+        """Return the gradient to follow; element-wise in the client dimension.
+
+        ``shared`` is what the client was sent this round of what trains.
+        """
+        return gradient
 
 
 @runtime_checkable

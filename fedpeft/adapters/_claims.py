@@ -61,6 +61,8 @@ def offers(lora: Lora) -> Mapping[str, str]:
         found["one-factor"] = "one factor moves in a round, the other is common to all clients"
     if lora.train == "B":
         found["precondition"] = "a fixed A gives a matrix to multiply the gradients of B by"
+    if lora.train in ("A", "B") and lora.send == "both":
+        found["sent-at-rest"] = "clients are sent a factor that they never train"
     if lora.ranks:
         found["mixed-ranks"] = "clients have ranks of their own"
     if _rests(lora):
