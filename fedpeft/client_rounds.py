@@ -20,7 +20,18 @@ from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
 from fedpeft.tables import Tables, limit
 from fedpeft.tensors import is_finite, narrowed, owned, padded, prefixed, select, shapes_of
-from fedpeft.types import Asking, Example, Fit, Job, Learner, Local, Scalar, Shapes, Tensors
+from fedpeft.types import (
+    Asking,
+    Example,
+    Fit,
+    Job,
+    Learner,
+    Local,
+    Observing,
+    Scalar,
+    Shapes,
+    Tensors,
+)
 from fedpeft.wire import Message, body, peek, unpack
 
 if TYPE_CHECKING:
@@ -154,10 +165,15 @@ def group_round(
     fit = plan.trainer.fit(job)
     if any(value._version for value in job.params.values()):
         raise PlanError("trainer: changed the parameters it was given in place; it must copy them")
+    trained = [
+        narrowed(own, shapes_of(received[k].tensors))
+        for k, own in zip(order, unstack(fit.params), strict=True)
+    ]
+    grams = _grams(plan, site, [(asked[k].client, received[k]) for k in order], trained, job, fit)
     played: dict[int, Played] = {}
-    for at, (k, trained) in enumerate(zip(order, unstack(fit.params), strict=True)):
-        own = narrowed(trained, shapes_of(received[k].tensors))
-        played[k] = _finish(plan, site, asked[k], received[k], own, fit, at)
+    for at, k in enumerate(order):
+        own = _Trained(trained[at], grams.get(at, {}), fit, at)
+        played[k] = _finish(plan, site, asked[k], received[k], own)
     return [played[k] for k in range(len(asked))]
 
 
@@ -203,16 +219,50 @@ def _constants(
     return found if whole else padded(found, shapes)
 
 
-def _finish(
-    plan: Plan, site: Client, asked: Asked, got: Received, trained: Tensors, fit: Fit, at: int
-) -> Played:
-    """Subtract, encode and remember: what client ``at`` of ``fit`` does with what it trained."""
-    client, round, memory = asked.client, got.round, asked.memory
+def _grams(
+    plan: Plan,
+    site: Client,
+    clients: Sequence[tuple[str, Received]],
+    trained: Sequence[Tensors],
+    job: Job,
+    fit: Fit,
+) -> Mapping[int, Tensors]:
+    """Return the Gram matrices of each client whose training stayed finite, if it observes any."""
+    if not isinstance(plan.aggregator, Observing):
+        return {}
+    finite = [at for at, loss in enumerate(fit.losses) if np.isfinite(loss)]
+    tensors, examples = list[Tensors](), list[Sequence[Example]]()
+    for at in finite:
+        (client, got), records = clients[at], job.examples[at]
+        count = plan.aggregator.observed(len(records))
+        if count < len(records):
+            rng = derive(plan.seed, got.round, client, "observed")
+            chosen = rng.choice(len(records), count, replace=False)
+            records = [records[i] for i in sorted(chosen.tolist())]
+        tensors.append({**got.tensors, **trained[at]})
+        examples.append(records)
+    found = site.learner.grams(tensors, examples, job.grouping.width)
+    return dict(zip(finite, found, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What client ``at`` of ``fit`` trained, and the Gram matrices of its inputs then, if any."""
+
+    tensors: Tensors
+    grams: Tensors
+    fit: Fit
+    at: int
+
+
+def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: _Trained) -> Played:
+    """Subtract, encode and remember: what a client does with what it trained."""
+    client, round, memory, fit, at = asked.client, got.round, asked.memory, own.fit, own.at
     roles, up = site.tables.roles(round), site.tables.of(client, round).up(round)
     if not np.isfinite(fit.losses[at]):
         why = "its loss is not finite: training diverged; lower the trainer's lr, or set clip"
         return Played(client, TrainError(why), memory)
-    trained = plan.adapter.after_fit(trained, got.tensors, round)
+    trained = plan.adapter.after_fit(own.tensors, got.tensors, round)
     delta = {k: _minus(trained[k], got.tensors[k]) for k in up["adapter"]}
     sent = plan.uplink.encode(delta, derive(plan.seed, round, client, "uplink"))
     followed = plan.correction.remembers or "control" in up
@@ -222,7 +272,7 @@ def _finish(
     sections = {"adapter": sent, **({"control": extras_up} if "control" in up else {})}
     whole = {**got.tensors, **trained}
     if "answer" in up and isinstance(plan.aggregator, Asking):
-        sections["answer"] = plan.aggregator.answer(0, whole, {}, _seed(plan, round))
+        sections["answer"] = plan.aggregator.answer(0, whole, own.grams, _seed(plan, round))
     told_back: dict[str, Scalar] = {
         "run": got.told.get("run", ""),
         "round": round,
@@ -232,8 +282,8 @@ def _finish(
         "loss": fit.losses[at],
     }
     if site.tables.remembers or got.remembered:
-        own = {k: trained[k].copy() for k in sorted(roles.local)}
-        news = {**prefixed("local", own), **prefixed("correction", corrected)}
+        kept = {k: trained[k].copy() for k in sorted(roles.local)}
+        news = {**prefixed("local", kept), **prefixed("correction", corrected)}
         news |= prefixed("fold", got.remembered)
         if len(site.tables.phases) > 1:
             news |= prefixed("trained", {k: np.array(whole[k]) for k in site.tables.shapes})

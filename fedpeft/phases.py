@@ -17,7 +17,7 @@ from fedpeft.errors import PlanError, WireError
 from fedpeft.plan import Plan
 from fedpeft.tables import limit
 from fedpeft.tensors import is_within, shapes_of
-from fedpeft.types import Asking, Scalar, Sent, Shapes, Tensors, Weights
+from fedpeft.types import Asking, Observing, Scalar, Sent, Shapes, Tensors, Weights
 from fedpeft.wire import Message, body, unpack
 
 Reply: TypeAlias = "tuple[str, Message | bytes | Exception]"
@@ -79,10 +79,12 @@ class Later:
             sums.append(self._whole(phase, found, question))
         return self.asking.settle(sums, self.sent)
 
-    def _whole(self, phase: int, found: Sum, question: Tensors) -> Tensors:
-        """Return a sum in which those who are missing did not move."""
+    def _whole(self, phase: int, found: Sum, given: Tensors) -> Tensors:
+        """Return a sum in which those who are missing did not move, and saw what others saw."""
         held = {**self.sent.still, **self.sent.moving}
-        still = self.asking.answer(phase, held, question, self.sent.seed)
+        if phase == 0 and isinstance(self.asking, Observing):
+            given = self.asking.presumed({k: v / found.share for k, v in found.total.items()})
+        still = self.asking.answer(phase, held, given, self.sent.seed)
         found.add(1 - found.share, still)
         return found.total
 
