@@ -75,7 +75,7 @@ def train(message: Message, context: Context) -> Message:
         client = _addressed(message, federation, context)
         site = _site(plan, settings, federation)
         packet = read_packet(message.content)
-        if not (site.tables.remembers or site.tables.folds):
+        if not (site.tables.remembers or site.tables.keeps):
             reply, _ = client_round(plan, site, client, packet, Memory())
             return packet_record(reply)
         folder = _memory(packet)
@@ -100,7 +100,7 @@ def evaluate(message: Message, context: Context) -> Message:
         if not (held := site.held(client)):
             return metrics_record({})
         packet = read_packet(message.content)
-        keeps = site.tables.remembers or site.tables.folds
+        keeps = site.tables.remembers or site.tables.keeps
         memory = OnDisk(_memory(packet)).load(client) if keeps else Memory()
         (metrics,) = group_evaluation(plan, site, [Asked(client, packet, memory)], [held])
         return metrics_record(metrics)
@@ -126,7 +126,7 @@ def _site(plan: Plan, settings: Settings, federation: Federation) -> Site:
     if key not in _sites:
         for digest in list(_sites):
             _sites.pop(digest).close()
-        _sites[key] = Site(plan, federation, settings.device, warn=log.warning)
+        _sites[key] = Site(plan, federation, settings.device, leads=False, warn=log.warning)
     torch.set_num_threads(settings.threads)
     return _sites[key]
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from fedpeft.client_rounds import ALONE
 from fedpeft.evaluation import evaluated_clients, summarise
 from fedpeft.grouping import Grouping
+from fedpeft.local_models import Start, train_all
 from fedpeft.plan import Plan
 from fedpeft.rng import derive_seed
 from fedpeft.site import Site
-from fedpeft.tensors import owned, padded
-from fedpeft.types import Example, Job, Metrics, Tensors
+from fedpeft.tensors import padded
+from fedpeft.types import Example, Metrics, Tensors
 
 if TYPE_CHECKING:
     from fedpeft.engine._base import Engine
@@ -114,37 +115,19 @@ def _train(
 ) -> list[Tensors]:
     """Train K models, each from its start on its own records until it has seen ``seen`` of them.
 
-    Whatever trains in some round of the federation trains throughout. Seeds are derived from
-    ``names``; ``tell`` is told how many records all have seen so far.
+    Seeds are derived from ``names``; ``tell`` is told how many records all have seen so far.
     """
-    from fedpeft.stacking import stack, unstack
-
-    trainer, total = plan.trainer.seeing(seen), 0
-    trains = frozenset[str]().union(*(site.tables.roles(t).train for t in range(plan.rounds)))
-    order = sorted(range(len(each)), key=lambda k: -trainer.budget(len(each[k]))[0])
-    shapes, device = site.tables.shapes, site.learner.device
-    wide = padded(starts, shapes)
-    stacked = stack([wide[k] for k in order], device)
-    own = [{name: starts[k][name] for name in trains} for k in order]
+    total = 0
 
     def on_step(records: int) -> None:
         nonlocal total
         total += records
         tell(total)
 
-    fit = trainer.fit(
-        Job(
-            learner=site.learner,
-            params={k: v for k, v in stacked.items() if k in trains},
-            fixed={k: v for k, v in stacked.items() if k not in trains},
-            examples=[each[k] for k in order],
-            seeds=[derive_seed(plan.seed, *names[k]) for k in order],
-            adjust=lambda grads, params: grads,
-            masks=stack(owned(own, shapes), device),
-            precondition=plan.adapter.precondition,
-            grouping=grouping,
-            on_step=on_step,
-        )
-    )
-    trained = dict(zip(order, unstack(fit.params), strict=True))
-    return [{**wide[k], **trained[k]} for k in range(len(each))]
+    begun = [
+        Start(start, examples, derive_seed(plan.seed, *name))
+        for start, examples, name in zip(starts, each, names, strict=True)
+    ]
+    trainer = plan.trainer.seeing(seen)
+    trained = train_all(plan, site, trainer, begun, grouping=grouping, on_step=on_step)
+    return padded(trained, site.tables.shapes)

@@ -38,6 +38,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, digest: str) -> None:
         **prefixed("control", state.control),
         **prefixed("fold", state.fold.tensors),
         **prefixed("kept", state.kept),
+        **prefixed("once", state.once),
         **prefixed("best", checkpoint.best_params),
     }
     note = {
@@ -73,9 +74,8 @@ def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
     tensors, note = read_tensor_file(path, remedy)
     if note["digest"] != digest:
         raise RunError(f"{path}: belongs to another plan; {remedy}")
-    params, slots, control, best, edits, kept = (
-        select(tensors, name) for name in ("params", "slots", "control", "best", "fold", "kept")
-    )
+    names = ("params", "slots", "control", "best", "fold", "kept", "once")
+    params, slots, control, best, edits, kept, once = (select(tensors, name) for name in names)
     fold = Fold(edits, {round: ranks for round, *ranks in note.get("fold", [])})
-    state = ServerState(params, slots, control, note["acks"], note["round"], fold, kept)
+    state = ServerState(params, slots, control, note["acks"], note["round"], fold, kept, once)
     return Checkpoint(state, Best(**note["best"]), best, note["line"])

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedpeft.errors import FedPeftError, PlanError, TrainError, WireError
 from fedpeft.folds import assembled
 from fedpeft.grouping import Grouping
+from fedpeft.local_models import after_round
 from fedpeft.memory import Memory
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
@@ -66,9 +67,10 @@ class Client(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A broadcast as a client holds it; ``tensors`` is all it has, ``kept`` its memory.
+    """A broadcast as a client holds it; ``tensors`` is all it has of the shared adapter.
 
-    ``remembered`` are the edits of the base that it has to remember.
+    ``kept`` is what the correction remembers, ``own`` what there is of a personal adapter,
+    ``remembered`` are the edits of the base, and what never changes, that it has to remember.
     """
 
     told: Mapping[str, Scalar]
@@ -77,6 +79,7 @@ class Received:
     tensors: Tensors
     extras: Tensors
     kept: Tensors
+    own: Tensors
     remembered: Tensors
 
 
@@ -97,14 +100,18 @@ def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Receiv
     tensors = {**tables.part(site.initial), **select(kept, "local"), **came.adapter}
     tensors |= tables.begin(client, round)
     fold = assembled(came.fold, select(kept, "fold"), site.tables.shapes) if came.fold else {}
+    once = came.once or select(kept, "once")
+    if {*once} != {*tables.once}:
+        raise WireError("lacks what never changes, and this client has not kept it")
     return Received(
         told,
         round,
         acknowledged,
-        {**tensors, **fold},
+        {**tensors, **once, **fold},
         came.control,
         select(kept, "correction"),
-        fold if keep else {},
+        select(kept, "personal"),
+        {**prefixed("fold", fold), **prefixed("once", once)} if keep else {},
     )
 
 
@@ -170,9 +177,11 @@ def group_round(
         for k, own in zip(order, unstack(fit.params), strict=True)
     ]
     grams = _grams(plan, site, [(asked[k].client, received[k]) for k in order], trained, job, fit)
+    clients = [a.client for a in asked]
+    personal = after_round(plan, site, clients, received, grouping, on_step)
     played: dict[int, Played] = {}
     for at, k in enumerate(order):
-        own = _Trained(trained[at], grams.get(at, {}), fit, at)
+        own = _Trained(trained[at], grams.get(at, {}), personal[k], fit, at)
         played[k] = _finish(plan, site, asked[k], received[k], own)
     return [played[k] for k in range(len(asked))]
 
@@ -247,10 +256,14 @@ def _grams(
 
 @dataclass(frozen=True, slots=True)
 class _Trained:
-    """What client ``at`` of ``fit`` trained, and the Gram matrices of its inputs then, if any."""
+    """What client ``at`` of ``fit`` trained: the shared adapter and its own, if it has one.
+
+    ``grams`` are those of its inputs after training, where the aggregator is :class:`Observing`.
+    """
 
     tensors: Tensors
     grams: Tensors
+    personal: Tensors
     fit: Fit
     at: int
 
@@ -284,7 +297,7 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: _Trained
     if site.tables.remembers or got.remembered:
         kept = {k: trained[k].copy() for k in sorted(roles.local)}
         news = {**prefixed("local", kept), **prefixed("correction", corrected)}
-        news |= prefixed("fold", got.remembered)
+        news |= {**prefixed("personal", own.personal), **got.remembered}
         if len(site.tables.phases) > 1:
             news |= prefixed("trained", {k: np.array(whole[k]) for k in site.tables.shapes})
         memory = memory.after(got.acknowledged, round, news)

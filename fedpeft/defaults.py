@@ -9,6 +9,7 @@ DEFAULTS: Mapping[str, str] = {
     "adapter": "lora",
     "trainer": "plain",
     "correction": "none",
+    "personal": "none",
     "uplink": "raw",
     "downlink": "raw",
     "cohort": "everyone",

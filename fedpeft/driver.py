@@ -15,9 +15,10 @@ from fedpeft.baselines import compare
 from fedpeft.checkpoint import Checkpoint
 from fedpeft.engine._base import Engine, Stage
 from fedpeft.errors import RunError
-from fedpeft.evaluation import evaluated_clients, scored, summarise
+from fedpeft.evaluation import evaluated_clients, reported, scored
 from fedpeft.export import write_adapter
 from fedpeft.federation import Federation, deal
+from fedpeft.first_gradient import public_splits
 from fedpeft.models._base import fingerprint
 from fedpeft.phases import Reply
 from fedpeft.plan import Plan
@@ -122,6 +123,8 @@ def input_digests(plan: Plan, federation: Federation) -> tuple[str, ...]:
         from fedpeft.export import folder_digest
 
         found.append(folder_digest(Path(plan.warm_start)))
+    if (public := public_splits(plan)) is not None:
+        found.append(public.fingerprint)
     return tuple(found)
 
 
@@ -275,19 +278,8 @@ def _evaluate_clients(run: _Run, state: ServerState) -> dict[str, Any]:
     sent = Traffic([])
     asked = evaluated_clients(run.plan, list(run.engine.population()))
     requests = sent.counted(run.messages(state, asked, training=False))
-    found, refused, names = dict[str, Metrics](), dict[str, str](), {*run.plan.task.measures}
-    for client, metrics in run.engine.evaluate(requests):
-        if isinstance(metrics, Exception):
-            refused[client] = str(metrics)[:300]
-        elif {*metrics} != names or not all(map(math.isfinite, metrics.values())):
-            refused[client] = "its metrics are not the task's, or not finite"
-        else:
-            found[client] = metrics
-    found = {client: found[client] for client in sorted(found)}
-    line: dict[str, Any] = {f"clients/{k}": v for k, v in summarise(found).items()}
-    line["per_client"] = {client: dict(metrics) for client, metrics in found.items()}
-    line["eval_bytes"] = sent.bytes
-    return line | ({"not_evaluated": refused} if refused else {})
+    line = reported(run.plan, run.engine.evaluate(requests))
+    return line | {"eval_bytes": sent.bytes}
 
 
 def _in_order(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedpeft.client_rounds import ALONE, Asked, Client, receive
 from fedpeft.grouping import Grouping
+from fedpeft.local_models import for_evaluation
 from fedpeft.plan import Plan
 from fedpeft.rng import derive
 from fedpeft.tensors import padded
 from fedpeft.types import Example, Metrics
 
 _LOWER_IS_BETTER = ("loss", "perplexity")
+_OWN = "personal/"
+"""Before the names of a personal adapter's metrics, which come with those of the shared one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +60,20 @@ def group_evaluation(
 ) -> Sequence[Metrics]:
     """Return the metrics of what each client holds after its message on its held-out records.
 
-    One that has less than the whole adapter is evaluated with what it has. Clients share passes as
+    One that has less than the whole adapter is evaluated with what it has. Those of its personal
+    adapter, where the plan has any, are named ``personal/<metric>``. Clients share passes as
     ``grouping`` allows; more of them where all hold the same.
     """
-    tensors = [receive(plan, site, a, training=False).tensors for a in asked]
-    return site.learner.evaluate(padded(tensors, site.tables.shapes), held, grouping.width)
+    clients, shapes = [a.client for a in asked], site.tables.shapes
+    received = [receive(plan, site, a, training=False) for a in asked]
+    tensors = padded([got.tensors for got in received], shapes)
+    found = site.learner.evaluate(tensors, held, grouping.width)
+    personal = for_evaluation(plan, site, clients, received, grouping)
+    if not personal:
+        return found
+    own = site.learner.evaluate(padded(personal, shapes), held, grouping.width)
+    named = [{f"{_OWN}{name}": value for name, value in metrics.items()} for metrics in own]
+    return [{**shared, **other} for shared, other in zip(found, named, strict=True)]
 
 
 def evaluated_clients(plan: Plan, clients: Sequence[str]) -> Sequence[str]:
@@ -71,6 +83,40 @@ def evaluated_clients(plan: Plan, clients: Sequence[str]) -> Sequence[str]:
         return list(clients)
     chosen = derive(plan.seed, "evaluation").choice(len(clients), count, replace=False)
     return [clients[i] for i in sorted(chosen)]
+
+
+def reported(plan: Plan, answers: Iterable[tuple[str, Metrics | Exception]]) -> dict[str, Any]:
+    """Return what the ledger says of a federated evaluation: summaries, and each client's metrics.
+
+    ``not_evaluated`` says why a client, or its personal adapter, has none.
+    """
+    names, refused = {*plan.task.measures}, dict[str, str]()
+    has_own = plan.personal.when != "never"
+    expected = names | ({f"{_OWN}{name}" for name in names} if has_own else set())
+    shared, personal = dict[str, Metrics](), dict[str, Metrics]()
+    for client, metrics in answers:
+        if isinstance(metrics, Exception):
+            refused[client] = str(metrics)[:300]
+            continue
+        main = {k: v for k, v in metrics.items() if k in names}
+        own = {k.removeprefix(_OWN): v for k, v in metrics.items() if k not in names}
+        if {*metrics} != expected or not all(map(math.isfinite, main.values())):
+            refused[client] = "its metrics are not the task's, or not finite"
+            continue
+        shared[client] = main
+        if has_own and all(map(math.isfinite, own.values())):
+            personal[client] = own
+        elif has_own:
+            refused[client] = "the metrics of its personal adapter are not finite: it diverged"
+    line = _line("clients", "per_client", shared)
+    line |= _line("personal", "personal_per_client", personal) if has_own else {}
+    return line | ({"not_evaluated": refused} if refused else {})
+
+
+def _line(where: str, each: str, found: Mapping[str, Metrics]) -> dict[str, Any]:
+    found = {client: found[client] for client in sorted(found)}
+    line: dict[str, Any] = {f"{where}/{name}": v for name, v in summarise(found).items()}
+    return line | {each: {client: dict(metrics) for client, metrics in found.items()}}
 
 
 def summarise(per_client: Mapping[str, Metrics]) -> Metrics:

@@ -23,6 +23,7 @@ from fedpeft.types import (
     Cohort,
     Correction,
     Partition,
+    Personal,
     ServerOptimizer,
     Source,
     Task,
@@ -37,6 +38,7 @@ PARTS: Mapping[str, str] = {
     "adapter": "adapters",
     "trainer": "trainers",
     "correction": "corrections",
+    "personal": "personal",
     "uplink": "codecs",
     "downlink": "codecs",
     "cohort": "cohorts",
@@ -51,7 +53,7 @@ EVALUATIONS = ("test", "clients")
 PRECISIONS = ("float32", "bfloat16")
 _LISTS = ("evaluate", "compare")
 """Lines that are lists of words, and so may be empty."""
-_ADDED = {"precision": "float32"}
+_ADDED = {"precision": "float32", "personal": "none"}
 """Lines added since runs were first kept, with the value that they had before."""
 _REPORTING = ("compare",)
 """Lines that do not change the adapter, and so are not part of a run's identity."""
@@ -79,6 +81,7 @@ class Plan:
     adapter: Adapter
     trainer: Trainer
     correction: Correction
+    personal: Personal
     uplink: Codec
     downlink: Codec
     cohort: Cohort
@@ -278,8 +281,14 @@ def _scalar_problems(plan: Plan) -> Iterator[str]:
     yield from _choice_problems("precision", [plan.precision], PRECISIONS)
     if plan.patience is not None and plan.keep_best is None:
         yield "patience: needs keep_best, the metric that should improve"
+    yield from _personal_problems(plan)
     where = (plan.keep_best or "").partition("/")[0]
-    if plan.keep_best and where not in plan.evaluations:
+    if where == "personal":
+        yield (
+            f"keep_best: {plan.keep_best!r} is of adapters that stay with the clients, and what is "
+            "kept is the shared one; use a metric of clients/ or test/"
+        )
+    elif plan.keep_best and where not in plan.evaluations:
         yield (
             f"keep_best: {plan.keep_best!r} must be a metric of {' or '.join(plan.evaluations)}, "
             "such as test/accuracy"
@@ -290,6 +299,14 @@ def _scalar_problems(plan: Plan) -> Iterator[str]:
             yield f"keep_best: the task has no metric {name!r}{nearest(name, plan.task.measures)}"
     if "clients" in plan.evaluations and plan.holdout == 0 and where == "clients":
         yield "keep_best: the clients have no held-out records; set holdout above 0"
+
+
+def _personal_problems(plan: Plan) -> Iterator[str]:
+    if plan.personal.when != "never" and not ("clients" in plan.evaluations and plan.holdout):
+        yield (
+            f"personal: {describe(plan.personal)} is evaluated on the clients' held-out records "
+            "alone; set holdout above 0 and have evaluate name clients"
+        )
 
 
 def _choice_problems(line: str, given: Sequence[str], allowed: Sequence[str]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedpeft.errors import DataError, FedPeftError, ModelError, PlanError
 from fedpeft.federation import Federation, deal
+from fedpeft.first_gradient import public_splits
 from fedpeft.models._locate import file_of, locate
 from fedpeft.models._outline import Outline, outline
 from fedpeft.plan import Plan
@@ -45,6 +46,8 @@ def check(plan: Plan) -> Preflight:
         map(len, federation.held.values())
     ):
         raise PlanError("keep_best: no client has held-out records; raise holdout")
+    if plan.personal.when != "never" and not any(map(len, federation.held.values())):
+        raise PlanError("personal: no client has held-out records to evaluate on; raise holdout")
     try:
         found = outline(plan.model, plan.task.head, len(federation.classes))
     except FedPeftError as error:
@@ -57,6 +60,7 @@ def check(plan: Plan) -> Preflight:
         plan.task.encode([], None, found.limit, federation.classes)
     except FedPeftError as error:
         raise type(error)(f"task: {error}") from error
+    public_splits(plan)
     if plan.warm_start is not None:
         _check_folder(Path(plan.warm_start))
     return Preflight(federation, found, shapes, tuple(_warnings(plan, federation, shapes, found)))

@@ -44,6 +44,7 @@ class _Traffic:
         self._found: dict[Tables, tuple[Size, Size]] = {}
         self._used: dict[Tables, Size] = {}
         self.asked, self.answered = _later(tables)
+        self.once = 4 * size(tables.once.values())
 
     def of(self, client: str) -> tuple[Size, Size]:
         """Return the sizes down and up in a first phase, the mean over rounds where they differ."""
@@ -99,6 +100,7 @@ def preview(plan: Plan) -> dict[str, Any]:
         "parameters": _parameters(found, shapes, tables),
         "cohort": cohort,
         "local": _local(plan, federation),
+        "personal": _personal(plan, federation),
         "stacked": plan.adapter.max_group != 1,
         "bytes": _bytes(plan, federation, traffic, cohort, found.exact),
         "memory": _memory(found, shapes, tables, plan),
@@ -124,8 +126,15 @@ def _bytes(
             f"{way}_per_round": round(cohort * mean),
             f"{way}_total": round(plan.rounds * cohort * mean),
         }
+    found["down_total"] += _once(plan, traffic.once, len(each), cohort)
     evaluated = (traffic.evaluating(c).bytes for c in _evaluated(plan, federation))
     return {**found, "evaluation_total": sum(evaluated), "exact": exact}
+
+
+def _once(plan: Plan, once: int, clients: int, cohort: float) -> int:
+    """Return the bytes of what is sent once to each client that is ever asked, about so many."""
+    never = (1 - min(1.0, cohort / clients)) ** plan.rounds
+    return round(once * clients * (1 - never))
 
 
 def _evaluated(plan: Plan, federation: Federation) -> Sequence[str]:
@@ -247,15 +256,27 @@ def _local(plan: Plan, federation: Federation) -> dict[str, int]:
     }
 
 
+def _personal(plan: Plan, federation: Federation) -> dict[str, Any]:
+    """Return the work on personal adapters, beside the shared one's."""
+    if plan.personal.when == "never":
+        return {"when": "never"}
+    trainer = plan.personal.trainer(plan.trainer)
+    budgets = [trainer.budget(n)[0] for n in federation.population.values()]
+    return {"when": plan.personal.when, "steps_least": min(budgets), "steps_most": max(budgets)}
+
+
 def _memory(found: Outline, shapes: Shapes, tables: Tables, plan: Plan) -> dict[str, int]:
     base, adapter = size(found.parameters.values()), size(shapes.values())
     trained = size(s for k, s in shapes.items() if k in tables.roles(0).train)
+    personal = size(s for k, s in shapes.items() if k in tables.trained)
+    personal *= plan.personal.when == "rounds"
     state = start(plan, tables, _filled(shapes, 0))
     server = [*state.params.values(), *state.slots.values(), *state.control.values()]
     return {
         "base_bytes": (2 if plan.precision == "bfloat16" else 4) * base,
-        "client_state_bytes": 4 * (adapter + 4 * trained),
+        "client_state_bytes": 4 * (adapter + 4 * trained + 2 * personal),
         "server_state_bytes": sum(value.nbytes for value in server),
+        "personal_bytes": 4 * personal,
     }
 
 
@@ -276,6 +297,7 @@ def as_text(found: Mapping[str, Any]) -> str:
         (
             "local work",
             f"{found['local']['steps_least']} to {found['local']['steps_most']} steps per round, "
+            + _more_work(found["personal"])
             + _SHARING[found["stacked"]],
         ),
         *(
@@ -302,7 +324,20 @@ def as_text(found: Mapping[str, Any]) -> str:
             f"{memory['client_state_bytes'] / 1e6:,.2f} MB per client in training, "
             f"{memory['server_state_bytes'] / 1e6:,.2f} MB server state; activations not counted",
         ),
+        *(
+            ("kept by a client", f"{kept / 1e6:,.2f} MB personal adapter, up to three times")
+            for kept in [memory["personal_bytes"]]
+            if kept
+        ),
         *(("warning", text) for text in found["warnings"]),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def _more_work(personal: Mapping[str, Any]) -> str:
+    """Say what personal adapters take beside the shared one."""
+    if personal["when"] == "never":
+        return ""
+    when = {"rounds": "", "evaluation": " before each evaluation"}[personal["when"]]
+    return f"and {personal['steps_least']} to {personal['steps_most']} for a personal one{when}, "

@@ -48,11 +48,12 @@ class ServerState:
     round: int = 0
     fold: Fold = field(default_factory=Fold)
     kept: Tensors = field(default_factory=dict)
+    once: Tensors = field(default_factory=dict)
 
     @property
     def tensors(self) -> Tensors:
         """The shared adapter and the edits of the base."""
-        return {**self.params, **self.fold.tensors}
+        return {**self.params, **self.once, **self.fold.tensors}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ def start(plan: Plan, tables: Tables, initial: Tensors) -> ServerState:
     params = {k: initial[k] for k in tables.down(0)["adapter"]}
     slots, control = plan.optimizer.init(params), plan.correction.server_init(params)
     fold = Fold.empty(tables.shapes) if tables.folds else Fold()
-    return ServerState(params, slots, control, fold=fold)
+    once = {name: initial[name] for name in tables.once}
+    return ServerState(params, slots, control, fold=fold, once=once)
 
 
 def messages(
@@ -90,32 +92,54 @@ def messages(
     """Yield what each client of this round is sent; clients that are sent the same share a body.
 
     It may be less where they are ``training`` than to use the adapter. Clients that are ``remote``
-    keep the edits of the base, and are sent those that they missed. To others all of them are at
-    hand: it costs nothing to pass them on, and only what they would have missed is counted.
+    keep the edits of the base and what never changes, and are sent what they miss of these. To
+    others all of it is at hand: it costs nothing to pass it on, and only what they would have
+    missed is counted.
     """
-    bodies: dict[tuple[Tables, Sequence[int]], Body] = {}
-    nothing = state.fold.held(NEVER)
+    bodies: dict[tuple[Tables, Held | None], Body] = {}
     for client in clients:
-        held = state.fold.held(state.acks.get(client, NEVER))
-        key = tables.of(client, state.round if training else None), held if remote else nothing
+        own = tables.of(client, state.round if training else None)
+        held = Held.of(state, client)
+        key = own, held if remote else None
         if key not in bodies:
-            bodies[key] = broadcast(plan, key[0], state, key[1])
-        spared = 0 if remote else state.fold.spared(held)
-        keep = remote and tables.folds
+            bodies[key] = broadcast(plan, own, state, key[1])
+        spared = 0 if remote else held.spared(state)
+        keep = remote and tables.keeps
         yield client, bodies[key].seal(header(state, run, client, keep=keep), spared)
 
 
-def broadcast(plan: Plan, tables: Tables, state: ServerState, held: Sequence[int] = ()) -> Body:
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a client has of what it was sent before: ranks of edits, and what never changes."""
+
+    ranks: Sequence[int]
+    once: bool
+
+    @classmethod
+    def of(cls, state: ServerState, client: str) -> Held:
+        """Return what follows from the last round in which the client's reply was used."""
+        acknowledged = state.acks.get(client, NEVER)
+        return cls(state.fold.held(acknowledged), acknowledged != NEVER)
+
+    def spared(self, state: ServerState) -> int:
+        """Return the bytes that this need not be sent."""
+        once = sum(value.nbytes for value in state.once.values()) if self.once else 0
+        return state.fold.spared(self.ranks) + once
+
+
+def broadcast(plan: Plan, tables: Tables, state: ServerState, held: Held | None = None) -> Body:
     """Encode what every client with these tables receives; ``seal`` it with :func:`header`.
 
-    ``held`` are the ranks of edits that they have; by default none.
+    ``held`` is what they have already; by default nothing.
     """
     expected = tables.down(state.round)
     sections = {"adapter": _encoded(plan, expected["adapter"], state)}
     if "control" in expected:
         sections["control"] = plan.correction.broadcast(state.control)
     if "fold" in expected:
-        sections["fold"] = state.fold.since(held or state.fold.held(NEVER))
+        sections["fold"] = state.fold.since(held.ranks if held else state.fold.held(NEVER))
+    if "once" in expected:
+        sections["once"] = {} if held and held.once else state.once
     return body(sections, expected)
 
 
@@ -155,13 +179,15 @@ def server_round(
         step = replace(step, replaced={k: v.astype(np.float32) for k, v in settled.items()})
     params, slots = _stepped(plan, tables, state, step)
     acks = {**state.acks, **dict.fromkeys(intake.names, state.round)}
-    after = state.round + 1
-    fold = state.fold.plus(step.fold, after, {*acks.values()}) if tables.folds else state.fold
+    round, fold = state.round + 1, state.fold
+    if tables.folds:
+        fold = fold.plus(step.fold, round, {*acks.values()})
     metrics, sizes = _metrics(intake.used), Counter[str]()
     for update in intake.used:
         sizes.update(update.sizes)
     report = Report(intake.names, intake.refused, intake.up_bytes, metrics, sizes)
-    return ServerState(params, slots, intake.control, acks, after, fold, step.kept), report
+    control, kept = intake.control, step.kept
+    return ServerState(params, slots, control, acks, round, fold, kept, state.once), report
 
 
 class _Intake:

@@ -25,7 +25,7 @@ from fedpeft.plan import Plan
 from fedpeft.tables import Tables
 from fedpeft.token_cache import cached, is_ours, key_of
 from fedpeft.tokens import Tokens, pack
-from fedpeft.types import Example, Row, Tensors
+from fedpeft.types import Example, Informed, Row, Tensors
 
 Encode: TypeAlias = Callable[[Sequence[Row]], Sequence[Example]]
 
@@ -88,7 +88,8 @@ class Site:
     """One plan's model, adapter and data in this process. Close it to give the base back.
 
     It keeps no raw rows. ``texts`` and ``base`` are given where they are at hand, as in a process
-    that shares another's. ``warn`` is told what the learner has to do otherwise than it was meant.
+    that shares another's. A site that does not ``lead`` has no public records: what follows from
+    them it is sent. ``warn`` is told what the learner has to do otherwise than it was meant.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Site:
         texts: Texts | None = None,
         *,
         base: Base | None = None,
+        leads: bool = True,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.plan, self.federation = plan, federation.without_rows()
@@ -116,12 +118,20 @@ class Site:
             raise type(error)(f"adapter: {error}") from error
         self.learner = ModelLearner(self.base, self.attached, plan.task, warn)
         self.tables = Tables(plan, self.shapes)
+        self._leads = leads
 
     @cached_property
     def initial(self) -> Tensors:
-        """The adapter before round 0, equal on every side."""
+        """The adapter before round 0, equal on every side but for what only the leader knows."""
+        adapter = self.plan.adapter
         if self.plan.warm_start is None:
-            return self.plan.adapter.initial(self.base, self.shapes, self.plan.seed)
+            found = adapter.initial(self.base, self.shapes, self.plan.seed)
+            if not (self._leads and isinstance(adapter, Informed) and adapter.informant()):
+                return found
+            from fedpeft.first_gradient import gradients
+
+            classes = self.federation.classes
+            return adapter.informed(found, gradients(self.base, self.plan, classes, found))
         try:
             return self.plan.adapter.restore(Path(self.plan.warm_start), self.shapes)
         except FedPeftError as error:

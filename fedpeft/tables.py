@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from fedpeft import folds
-from fedpeft.errors import PlanError
+from fedpeft.errors import PlanError, WireError
 from fedpeft.plan import Plan
-from fedpeft.tensors import narrowed, shapes_of, size
+from fedpeft.tensors import is_float32, narrowed, shapes_of, size
 from fedpeft.types import Asking, Folding, Narrowing, Restarting, Roles, Shapes, Tensors
 from fedpeft.wire import Body, Message, unpack
 
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """What came down: the adapter's shared tensors, a correction's control state, missed edits."""
+    """What came down: the adapter's shared tensors, a correction's control state, missed edits.
+
+    ``once`` is empty where the server takes it to be held.
+    """
 
     adapter: Tensors
     control: Tensors
     fold: Tensors
+    once: Tensors
 
 
 class Tables:
@@ -38,7 +43,7 @@ class Tables:
         self._part: tuple[Tensors | None, Tensors] = (None, {})
         self._down: tuple[int, dict[str, Shapes]] = (-1, {})
         self._up: tuple[int, dict[str, Shapes]] = (-1, {})
-        self._last: tuple[Body | None, Broadcast] = (None, Broadcast({}, {}, {}))
+        self._last: tuple[Body | None, Broadcast] = (None, Broadcast({}, {}, {}, {}))
 
     def of(self, client: str, round: int | None = None) -> Tables:
         """Return the tables of what ``client`` has: these where it has everything.
@@ -82,6 +87,12 @@ class Tables:
         """What happens to each tensor in ``round``."""
         return self._plan.adapter.roles(self.shapes, round)
 
+    @cached_property
+    def trained(self) -> frozenset[str]:
+        """What trains in some round."""
+        rounds = range(self._plan.rounds)
+        return frozenset[str]().union(*(self.roles(round).train for round in rounds))
+
     def down(self, round: int) -> dict[str, Shapes]:
         """What a broadcast of ``round`` holds."""
         if self._down[0] != round:
@@ -100,7 +111,7 @@ class Tables:
             self._up = round, found | ({"answer": answer} if answer else {})
         return self._up[1]
 
-    @property
+    @cached_property
     def phases(self) -> Sequence[tuple[Shapes, Shapes]]:
         """Questions and answers of each phase; one without either where nothing is asked."""
         aggregator = self._plan.aggregator
@@ -120,7 +131,8 @@ class Tables:
         zeros = {k: np.zeros(s, np.float32) for k, s in shared.items()}
         control = self._plan.correction.broadcast(self._plan.correction.server_init(zeros))
         found = _sections(shared, shapes_of(control))
-        return found | ({"fold": folds.longest(self.shapes)} if self.folds else {})
+        found |= {"fold": folds.longest(self.shapes)} if self.folds else {}
+        return found | ({"once": self.once} if self.once else {})
 
     def decode(self, message: Message | bytes, round: int) -> Broadcast:
         """Decode a broadcast of ``round``; clients of one process share the last one's arrays.
@@ -132,9 +144,22 @@ class Tables:
             expected = self.down(round)
             sections = unpack(message, expected, limit(expected)).sections
             shared = self._plan.downlink.decode(sections["adapter"], expected["adapter"])
-            control, fold = sections.get("control", {}), sections.get("fold", {})
-            self._last = key, Broadcast(shared, control, fold)
+            rest = [sections.get(name, {}) for name in ("control", "fold", "once")]
+            if rest[2] and (shapes_of(rest[2]) != self.once or not is_float32(rest[2])):
+                raise WireError("frozen factors are not those of this plan")
+            self._last = key, Broadcast(shared, *rest)
         return self._last[1]
+
+    @cached_property
+    def once(self) -> Shapes:
+        """What never changes and is sent to each client once."""
+        once = self.roles(0).once
+        return {name: shape for name, shape in self.shapes.items() if name in once}
+
+    @property
+    def keeps(self) -> bool:
+        """Whether clients on other machines have to remember what they were sent."""
+        return self.folds or bool(self.once)
 
     @property
     def folds(self) -> bool:
@@ -144,8 +169,9 @@ class Tables:
     @property
     def remembers(self) -> bool:
         """Whether clients keep memory under this plan."""
-        asked_again = len(self.phases) > 1
-        return self._plan.correction.remembers or bool(self.roles(0).local) or asked_again
+        plan, own = self._plan, self.roles(0).local
+        asked_again, personal = len(self.phases) > 1, plan.personal.when == "rounds"
+        return plan.correction.remembers or personal or asked_again or bool(own)
 
 
 def _sections(adapter: Shapes, control: Shapes) -> dict[str, Shapes]:

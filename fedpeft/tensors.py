@@ -76,6 +76,11 @@ def is_finite(a: Tensors) -> bool:
     return all(math.isfinite(_squares(v)) or bool(np.isfinite(v).all()) for v in a.values())
 
 
+def is_float32(a: Tensors) -> bool:
+    """Tell whether every entry is a finite float32."""
+    return all(value.dtype == np.float32 for value in a.values()) and is_finite(a)
+
+
 def size(shapes: Iterable[tuple[int, ...]]) -> int:
     """Number of entries in arrays of these shapes."""
     return sum(math.prod(shape) for shape in shapes)

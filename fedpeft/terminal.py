@@ -165,8 +165,9 @@ def show_result(console: Console, result: Result) -> None:
         for name, metrics in rows.items():
             shown.add_row(_ROWS.get(name, name), *(_cell(c, metrics.get(c)) for c in columns))
         console.print(shown)
-    if held := _held_out(table["last"]):
-        console.print(f"held-out records of the clients: {held}", highlight=False)
+    for where, whose in (("clients/", ""), ("personal/", ", personal adapters")):
+        if held := _held_out(table["last"], where):
+            console.print(f"held-out records of the clients{whose}: {held}", highlight=False)
     up, down, held, of_up, of_down = (
         f"{table.get(name, 0) / 1e6:,.2f}"
         for name in ("up_bytes", "down_bytes", "eval_bytes", "up_head_bytes", "down_head_bytes")
@@ -191,8 +192,8 @@ def show_cell(index: int, total: int, outcome: Outcome) -> None:
     )
 
 
-def _held_out(last: Mapping[str, float]) -> str:
-    found = {k.removeprefix("clients/"): v for k, v in last.items() if k.startswith("clients/")}
+def _held_out(last: Mapping[str, float], where: str) -> str:
+    found = {k.removeprefix(where): v for k, v in last.items() if k.startswith(where)}
     shown = [name for name in ("accuracy", "loss") if name in found]
     parts = [f"{n} {found[n]:.4f}, worst decile {found[f'{n}_worst_decile']:.4f}" for n in shown]
     return "; ".join(parts)
@@ -203,7 +204,8 @@ def _server_metrics(last: Mapping[str, float]) -> dict[str, float]:
 
 
 def _note(line: Mapping[str, Any]) -> str:
-    names = ("loss", "test/accuracy", "test/loss", "clients/accuracy", "clients/loss")
+    places = ("test", "clients", "personal")
+    names = ["loss", *(f"{place}/{n}" for place in places for n in ("accuracy", "loss"))]
     shown = [f"{n} {line[n]:.4f}" for n in names if n in line]
     if "seconds" in line:
         shown.append(f"{line['seconds']:.1f} s")

@@ -74,8 +74,9 @@ class Roles:
     """What happens to each adapter tensor in one round.
 
     ``train`` changes at the client; ``down`` and ``up`` travel; ``local`` trains but stays in the
-    client's memory; ``fresh`` begins anew in every round, see :class:`Restarting`. A tensor in none
-    of them is frozen and derived from the plan on every side.
+    client's memory; ``fresh`` begins anew in every round, see :class:`Restarting`; ``once`` never
+    changes, and comes down until a client is known to have it. A tensor in none of them is frozen
+    and derived from the plan on every side.
     """
 
     train: frozenset[str]
@@ -83,6 +84,7 @@ class Roles:
     up: frozenset[str]
     local: frozenset[str] = frozenset()
     fresh: frozenset[str] = frozenset()
+    once: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Raise ``PlanError`` for roles that contradict each other."""
@@ -92,6 +94,8 @@ class Roles:
             raise PlanError(f"adapter: {idle[0]} does not train, so it has nothing to send or keep")
         if lost := sorted(self.up - self.down - self.fresh):
             raise PlanError(f"adapter: {lost[0]} goes up but never down")
+        if moved := sorted(self.once & (self.train | self.down | self.fresh)):
+            raise PlanError(f"adapter: {moved[0]} is sent once, so it must never change")
         if sent := sorted(self.fresh & (self.down | self.local)):
             raise PlanError(f"adapter: {sent[0]} begins anew, so nobody needs its last values")
 
@@ -510,6 +514,25 @@ class Restarting(Protocol):
 
 
 @runtime_checkable
+class Informed(Protocol):
+    """What an adapter has besides whose start follows from gradients on public records.
+
+    Only the server has the records; what follows from them is sent (``Roles.once``).
+    """
+
+    def informant(self) -> tuple[str, int] | None:
+        """Return a data line and how many of its training records; ``None`` where none is asked."""
+        ...
+
+    def informed(self, initial: Tensors, gradients: Tensors) -> Tensors:
+        """Return the tensors before round 0, beside those of :meth:`Adapter.initial`.
+
+        ``gradients`` [out, in], float64, are those of the mean loss in the weights of the modules.
+        """
+        ...
+
+
+@runtime_checkable
 class Trainer(Protocol):
     """``trainers/``: the local optimizer and its loop."""
 
@@ -523,6 +546,10 @@ class Trainer(Protocol):
 
     def seeing(self, records: int) -> Trainer:
         """Return this trainer with as many steps as it takes to see ``records`` records."""
+        ...
+
+    def but(self, steps: int | None, lr: float | None) -> Trainer:
+        """Return this trainer with ``steps`` optimizer steps at ``lr``; ``None`` keeps its own."""
         ...
 
 
@@ -565,6 +592,28 @@ class Correction(Protocol):
     ) -> Tensors:
         """Fold one update into ``control``; ``before`` is the control state that was sent."""
         return control
+
+
+@runtime_checkable
+class Personal(Protocol):
+    """``personal/``: an adapter of each client's own, beside the shared one. It never travels.
+
+    ``when`` says when it trains: in the ``rounds`` that its client plays, going on from where the
+    client's memory has it, or before each ``evaluation``, from what the client was sent.
+    """
+
+    when: ClassVar[Literal["never", "rounds", "evaluation"]] = "never"
+
+    def trainer(self, trainer: Trainer) -> Trainer:
+        """Return what trains it, given the plan's trainer."""
+        return trainer
+
+    def adjust(self, gradient: Stacked, params: Stacked, shared: Stacked) -> Stacked:
+        """Return the gradient to follow; element-wise in the client dimension.
+
+        ``shared`` is what the client was sent this round of what trains.
+        """
+        return gradient
 
 
 @runtime_checkable

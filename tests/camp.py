@@ -99,6 +99,9 @@ class Watched:
         found: Trainer = self.trainer.seeing(records)
         return found
 
+    def but(self, steps: int | None, lr: float | None) -> Trainer:
+        return Watched(self.trainer.but(steps, lr), self._dtype)
+
 
 @dataclass
 class Camp:

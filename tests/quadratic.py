@@ -119,13 +119,16 @@ def quadratic_plan(**lines: Any) -> Plan:
     )
 
 
-def play(plan: Plan, learner: Quadratic, rounds: int) -> Iterator[ServerState]:
+def play(
+    plan: Plan, learner: Quadratic, rounds: int, memories: InProcess | None = None
+) -> Iterator[ServerState]:
     """Play whole rounds, packets and memories included; client i holds record i alone."""
+    memories = memories or InProcess()
     count, width = learner.curves.shape
     held = {f"client-{i}": [record(i)] for i in range(count)}
     tables, population = Tables(plan, {"x": (width,)}), dict.fromkeys(held, 1)
     site = QuadraticSite(learner, tables, {"x": np.zeros(width, np.float32)}, held)
-    state, memories = start(plan, tables, site.initial), InProcess()
+    state = start(plan, tables, site.initial)
     for round in range(rounds):
         cohort = plan.cohort.choose(list(held), derive(0, round, "cohort"))
         weights = plan.weighting.weigh(cohort, population, plan.cohort.expected(count))

@@ -21,8 +21,9 @@ def checkpoint(round: int, value: float = 0.0) -> Checkpoint:
     params = {"b": np.full((2, 3), value, "f4"), "a": np.array(1.5, "f4")}
     fold = Fold({"m.fold_A": params["b"] + 2}, {0: (0,), round: (2,)})
     kept = {"m.fold_B": params["b"] + 3}
+    once = {"m.lora_A.weight": params["b"] + 4}
     slots, control = {"m/b": np.ones((2, 3))}, {"b": -params["b"]}
-    state = ServerState(params, slots, control, {"c": 0}, round, fold, kept)
+    state = ServerState(params, slots, control, {"c": 0}, round, fold, kept, once)
     return Checkpoint(state, Best(0.5, 1, 2), {"b": params["b"] + 1}, {"round": round - 1})
 
 
@@ -55,6 +56,7 @@ def test_all_of_the_state_comes_back(tmp_path: Path) -> None:
     assert same(after.state.fold.tensors, before.state.fold.tensors)
     assert {t: tuple(ranks) for t, ranks in after.state.fold.ranks.items()} == {0: (0,), 3: (2,)}
     assert same(after.state.kept, before.state.kept)
+    assert same(after.state.once, before.state.once)
     assert (after.state.acks, after.state.round) == ({"c": 0}, 3)
     assert (after.best, after.line) == (Best(0.5, 1, 2), {"round": 2})
 
@@ -62,7 +64,7 @@ def test_all_of_the_state_comes_back(tmp_path: Path) -> None:
 def test_every_field_is_saved(tmp_path: Path) -> None:
     """A field that is added to the state and forgotten here would be lost on resume."""
     assert [f.name for f in dataclasses.fields(ServerState)] == [
-        *("params", "slots", "control", "acks", "round", "fold", "kept")
+        *("params", "slots", "control", "acks", "round", "fold", "kept", "once")
     ]
     assert [f.name for f in dataclasses.fields(Checkpoint)] == [
         *("state", "best", "best_params", "line")

@@ -42,7 +42,7 @@ NO_PAPER = {
     *("cohorts/everyone", "partitions/iid", "weighting/uniform"),
     *("data/csv", "data/embedded", "data/hub", "data/imagefolder", "data/jsonl", "data/npz"),
     *("tasks/causal_lm", "tasks/classify", "tasks/classify_images"),
-    *("engine/inline", "engine/processes"),
+    *("engine/inline", "engine/processes", "personal/none"),
 }
 """Methods whose first line says what they are instead of citing a paper."""
 

@@ -181,8 +181,10 @@ def assert_same(one: Path, other: Path) -> None:
         {"correction": "scaffold", "trainer": SGD, "rounds": 3, "cohort": "uniform(size=3)"},
         {"adapter": "lora(r=4, alpha=8, head='local')", "rounds": 3},
         {"uplink": "half", "downlink": "half", "holdout": 0},
+        {"personal": "ditto", "cohort": "uniform(size=3)", "rounds": 3},
+        {"personal": "tuned(steps=3)", "adapter": "lora(r=4, head='local')"},
     ],
-    ids=["plain", "compare", "scaffold", "local-head", "half"],
+    ids=["plain", "compare", "scaffold", "local-head", "half", "ditto", "tuned"],
 )
 def test_flower_and_simulation_agree_bit_for_bit(
     bert: Path, tmp_path: Path, lines: dict[str, Any]

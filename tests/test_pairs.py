@@ -65,6 +65,7 @@ LISTED: Mapping[str, list[str]] = {
         "plain(optimizer='sgd', lr=0.1, steps=2, batch=4, precondition=true)",
     ],
     "correction": ["none", "fedprox(mu=0.1)", "scaffold"],
+    "personal": ["none", "ditto", "tuned(steps=1, lr=0.01)"],
     "uplink": ["raw", "half", "half(dtype='bfloat16')", "raw | half"],
     "downlink": ["raw", "half", "half(dtype='bfloat16')", "half | raw"],
     "cohort": ["everyone", "uniform(size=2)", "poisson(rate=0.6)"],

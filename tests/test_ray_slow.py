@@ -61,6 +61,14 @@ def cluster() -> Iterator[str]:
         made.shutdown()
 
 
+@pytest.mark.parametrize("personal", ["ditto", "tuned(steps=2)"])
+def test_personal_adapters_move_with_their_clients(bert: Path, cluster: str, personal: str) -> None:
+    plan = support_plan(bert, rounds=3, holdout=0.2, personal=personal)
+    expected, found = simulate(plan), simulate(plan, engine=Ray(address=cluster))
+    assert rounds(found) == rounds(expected)
+    assert found.history[-1]["personal/loss"] == expected.history[-1]["personal/loss"]
+
+
 def test_two_nodes_give_the_bits_of_one_process(bert: Path, tmp_path: Path, cluster: str) -> None:
     pids, told = tmp_path / "pids", Told()
     pids.mkdir()

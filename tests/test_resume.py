@@ -134,6 +134,13 @@ def test_killed_at_every_point_and_resumed_is_the_same(
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "personal adapters": {
+        "personal": "ditto",
+        "eval_every": 2,
+        "eval_clients": 2,
+        "keep_best": "none",
+    },
+    "tuned for evaluation": {"personal": "tuned(steps=1)", "correction": "none", "compare": ""},
     "whole model": {"adapter": "full", "optimizer": "yogi(lr=0.01)", "compare": ""},
     "average head": {"adapter": "lora(r=2, alpha=4)", "optimizer": "sgd", "patience": 2},
     "lossy and adaptive": {

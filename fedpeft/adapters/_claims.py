@@ -61,6 +61,8 @@ def offers(lora: Lora) -> Mapping[str, str]:
         found["one-factor"] = "one factor moves in a round, the other is common to all clients"
     if lora.train == "B":
         found["precondition"] = "a fixed A gives a matrix to multiply the gradients of B by"
+    if lora.train in ("A", "B") and lora.send == "both":
+        found["sent-at-rest"] = "clients are sent a factor that they never train"
     if lora.train == "B" and lora.fresh == "none":
         found["fixed-a"] = "all clients have the same A, which no round moves"
     if lora.ranks:

@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.types import Rng
+from fedpeft.types import Rng, Tensors
 
 if TYPE_CHECKING:
     from fedpeft.models._base import Base
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+CORE, SCALE = ".lora_core.weight", ".lora_scale.weight"
+_SMALL = 1024
+"""Sides up to which a decomposition takes no more than a second."""
 
 
 def weight(base: Base, module: str) -> NDArray[np.float64]:
@@ -37,6 +42,25 @@ def singular(
     return np.ascontiguousarray(b, np.float32), np.ascontiguousarray(a, np.float32)
 
 
+def principal(
+    value: NDArray[np.float64], rank: int, rng: Rng
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the leading singular vectors [m, rank] and [rank, n] and values [rank] between them.
+
+    Exact for small matrices, else by ten iterations of a random subspace of twice the rank (Halko
+    et al. 2011, arXiv 0909.4061).
+    """
+    if min(value.shape) <= _SMALL:
+        u, s, vt = np.linalg.svd(value, full_matrices=False)
+    else:
+        basis = np.linalg.qr(value @ rng.standard_normal((value.shape[1], 2 * rank)))[0]
+        for _ in range(10):
+            basis = np.linalg.qr(value @ np.linalg.qr(value.T @ basis)[0])[0]
+        small_u, s, vt = np.linalg.svd(basis.T @ value, full_matrices=False)
+        u = basis @ small_u
+    return u[:, :rank], s[:rank], vt[:rank]
+
+
 def orthonormal(rng: Rng, rows: int, columns: int) -> NDArray[np.float32]:
     """Return [rows, columns] with random orthonormal columns, uniform over all of them."""
     basis, upper = np.linalg.qr(rng.standard_normal((rows, columns)))
@@ -56,3 +80,18 @@ def left(b: NDArray[np.floating], core: NDArray[np.floating]) -> NDArray[np.floa
     blocks = core.reshape(-1, r, r).astype(np.float64)
     product: NDArray[np.float64] = np.einsum("mhi,hij->mhj", columns, blocks)
     return product.reshape(b.shape).astype(np.float32)
+
+
+def folded(tensors: Tensors) -> Tensors:
+    """Return the same function with all scales at one."""
+    found = dict(tensors)
+    for name in [k for k in tensors if k.endswith(SCALE)]:
+        core = name.removesuffix(SCALE) + CORE
+        found[core] = scaled(tensors[core], tensors[name])
+        found[name] = np.ones_like(tensors[name])
+    return found
+
+
+def products(own: Tensors) -> Tensors:
+    """Return ``B R`` of every module by the name of its ``B``."""
+    return {k: left(v, own[k.removesuffix(B) + CORE]) for k, v in own.items() if B in k}

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 FILE = "core.safetensors"
 """Beside PEFT's files: what the product ``B R`` in them no longer tells apart."""
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-_CORE, _SCALE = ".lora_core.weight", ".lora_scale.weight"
-_START = {"orthonormal": 0.0, "svd": 1e-5}
+_A, _B, _CORE, _SCALE = _frozen.A, _frozen.B, _frozen.CORE, _frozen.SCALE
+_START = {"orthonormal": 0.0, "svd": 1e-5, "gradient": 0.0}
 """Standard deviation of ``R`` before round 0; LoRA-XS has the second."""
 _Array: TypeAlias = NDArray[np.float32]
 
@@ -41,8 +40,11 @@ class Core:
     zero; ``svd`` takes the leading singular vectors of ``W`` and ``R`` starts at N(0, 1e-5^2)
     (LoRA-XS, arXiv 2405.17604), whose released code also leaves the singular values in ``A``:
     ``sigma_to="A"``. A decomposition in float64 of every wrapped module takes O(m n min(m, n))
-    operations, once in each process. Fed-SB starts from the gradients of clients' records instead,
-    which are data that an adapter does not see.
+    operations, once in each process. ``gradient`` takes those of a first step of sign descent of
+    length ``step`` on the first ``records`` training records of the data line ``public``, and ``R``
+    starts at their singular values, so that the product is that step (LoRA-SB, arXiv 2411.19557).
+    Fed-SB's released code takes the clients' own records for it, which its privacy does not count.
+    Only the server reads ``public``; clients are sent both factors once.
 
     With ``heads`` = h the factors have h r columns and rows, and ``R`` is h blocks [h, r, r], each
     between its own columns of ``B`` and rows of ``A``. ``scales="trained"`` multiplies every block
@@ -56,10 +58,13 @@ class Core:
     scale: float = bounded(default=1.0, above=0)
     targets: str = "attention"
     dropout: float = bounded(default=0.0, low=0, below=1)
-    init: Literal["orthonormal", "svd"] = "orthonormal"
+    init: Literal["orthonormal", "svd", "gradient"] = "orthonormal"
     sigma_to: Literal["none", "A"] = "none"
     scales: Literal["fixed", "trained"] = "fixed"
     head: Literal["average", "local", "frozen"] = "average"
+    public: str = ""
+    records: int = bounded(default=64, low=1)
+    step: float = bounded(default=1e-5, above=0)
 
     max_group: ClassVar[int | None] = None
 
@@ -71,6 +76,16 @@ class Core:
             raise SpecError(
                 f"core: sigma_to={self.sigma_to!r} needs singular values: set init='svd' instead "
                 f"of {self.init!r}"
+            )
+        if (self.init == "gradient") != bool(self.public):
+            raise SpecError(
+                f"core: init={self.init!r} with public={self.public!r}: the gradient is that of "
+                "public records, so give init='gradient' and a data line, or neither"
+            )
+        if self.init == "gradient" and (self.heads > 1 or self.scales == "trained"):
+            raise SpecError(
+                "core: init='gradient' starts R at singular values, which is of one head: set "
+                "heads=1 and scales='fixed'"
             )
 
     @property
@@ -120,8 +135,15 @@ class Core:
         own = heads if self.head == "local" else set[str]()
         up = {k for k in shapes if k.endswith(_CORE)}
         up |= heads if self.head == "average" else set()
-        shared = frozenset(up)
-        return Roles(train=shared | scales | own, down=shared, up=shared, local=frozenset(own))
+        shared, frozen = frozenset(up), {k for k in shapes if k.endswith((_A, _B))}
+        once = frozen if self.init == "gradient" else set[str]()
+        return Roles(
+            train=shared | scales | own,
+            down=shared,
+            up=shared,
+            local=frozenset(own),
+            once=frozenset(once),
+        )
 
     def initial(self, base: Base, shapes: Shapes, seed: int) -> Tensors:
         """Draw or decompose the factors; a new head is drawn, a trained one kept."""
@@ -133,6 +155,21 @@ class Core:
             found |= {module + _A: a, module + _B: b, module + _CORE: core.astype(np.float32)}
             found[module + _SCALE] = np.ones(self.heads, np.float32)
         return {name: found[name] for name in shapes}
+
+    def informant(self) -> tuple[str, int] | None:
+        """Return the data line and how many of its training records."""
+        return (self.public, self.records) if self.public else None
+
+    def informed(self, initial: Tensors, gradients: Tensors) -> Tensors:
+        """Decompose ``-step sign(gradient)`` of each module into ``B R A``."""
+        found = dict(initial)
+        for module, gradient in gradients.items():
+            moved = -self.step / self.scale * np.sign(gradient)
+            rng = derive(0, "first-step", module)
+            b, s, a = _frozen.principal(moved, self.r, rng)
+            named = {module + _B: b, module + _CORE: np.diag(s), module + _A: a}
+            found |= {k: np.ascontiguousarray(v, np.float32) for k, v in named.items()}
+        return found
 
     def attach(self, base: Base) -> Attached:
         """Hook the products and the head into ``base``."""
@@ -148,16 +185,16 @@ class Core:
 
     def after_fit(self, trained: Tensors, received: Tensors, round: int) -> Tensors:
         """Multiply the scales into ``R``."""
-        return _folded(trained)
+        return _frozen.folded(trained)
 
     def export(self, base: Base, tensors: Tensors, folder: Path) -> None:
         """Write PEFT's folder of a LoRA of rank h r, and a file with what it does not tell."""
         from safetensors.numpy import save
 
-        folded = _folded(tensors)
+        folded = _frozen.folded(tensors)
         own = {k: v for k, v in folded.items() if k.endswith((_B, _CORE, _SCALE))}
         plain = {k: v for k, v in folded.items() if not k.endswith((_CORE, _SCALE))}
-        self._lora.export(base, {**plain, **_products(own)}, folder)
+        self._lora.export(base, {**plain, **_frozen.products(own)}, folder)
         (folder / FILE).write_bytes(save(own))
 
     def restore(self, folder: Path, shapes: Shapes) -> Tensors:
@@ -174,7 +211,7 @@ class Core:
             )
         own = {k: s for k, s in shapes.items() if k.endswith((_B, _CORE, _SCALE))}
         found = _peft_folder.read(folder, own, FILE)
-        for name, product in _products(found).items():
+        for name, product in _frozen.products(found).items():
             if np.abs(product - held[name]).max() > 1e-5 * np.abs(product).max():
                 raise ModelError(
                     f"{folder}: {name} is not the product of the factors in {FILE}; "
@@ -192,21 +229,6 @@ class Core:
         return np.ascontiguousarray(a), _frozen.orthonormal(
             derive(seed, "adapter", module + _B), out, rank
         )
-
-
-def _folded(tensors: Tensors) -> Tensors:
-    """Return the same function with all scales at one."""
-    found = dict(tensors)
-    for name in [k for k in tensors if k.endswith(_SCALE)]:
-        core = name.removesuffix(_SCALE) + _CORE
-        found[core] = _frozen.scaled(tensors[core], tensors[name])
-        found[name] = np.ones_like(tensors[name])
-    return found
-
-
-def _products(own: Tensors) -> Tensors:
-    """Return ``B R`` of every module by the name of its ``B``."""
-    return {k: _frozen.left(v, own[k.removesuffix(_B) + _CORE]) for k, v in own.items() if _B in k}
 
 
 @contextmanager

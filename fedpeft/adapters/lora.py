@@ -123,8 +123,7 @@ class Lora:
         heads = {k for k in shapes if not factor(k)}
         own = {k for k in trained if factor(k) == self.local}
         own |= heads if self.head == "local" else set()
-        up = trained | (heads if self.head == "average" else set())
-        up -= own
+        up = (trained | (heads if self.head == "average" else set())) - own
         down = up | (resting if self.send == "both" or self.train == "B/A" else set())
         fresh = trained | resting if self.fresh != "none" else set()
         return Roles(

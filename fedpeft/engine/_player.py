@@ -70,7 +70,8 @@ class Player:
         tables = self._site.tables
         roles = tables.roles(0)
         trained = 4 * size(shape for k, shape in tables.shapes.items() if k in roles.train)
-        most = self.grouping.window(_STATE * trained, _WAITING)
+        adapters = 2 if self._site.plan.personal.when == "rounds" else 1
+        most = self.grouping.window(adapters * _STATE * trained, _WAITING)
         parts = -(-clients // most)
         return -(-clients // (-(-parts // workers) * workers)) if clients else 1
 
@@ -87,12 +88,12 @@ class Player:
     def evaluate(self, requests: Sequence[Request]) -> Iterator[tuple[str, Metrics]]:
         """Evaluate each client that has held-out records."""
         left = ((c, m) for c, m in requests if len(self._site.held(c)))
-        width = self.grouping.width
-        while part := list(islice(left, _POOLED if width > 1 else 1)):
+        trains = self._site.plan.personal.when == "evaluation"
+        while part := list(islice(left, self._pool(len(requests)))):
             asked = [self._asked(*request) for request in part]
             held = [self._site.held(client) for client, _ in part]
             evaluate = partial(group_evaluation, self._site.plan, self._site, asked, held)
-            found = self._together(evaluate)
+            found = self._sharing(part[0][0], evaluate) if trains else self._together(evaluate)
             yield from zip([client for client, _ in part], found, strict=True)
 
     def share(
@@ -105,6 +106,12 @@ class Player:
         """
         for part in self._windows(clients):
             yield self._sharing(part[0], partial(work, part))
+
+    def _pool(self, clients: int) -> int:
+        """Return how many of ``clients`` are evaluated at once."""
+        if self._site.plan.personal.when != "never":  # each holds an adapter of its own
+            return self.window(clients)
+        return _POOLED if self.grouping.width > 1 else 1
 
     def _windows(self, items: Sequence[_Item]) -> Iterator[list[_Item]]:
         """Cut into windows, whose size follows the grouping while it is narrowed."""

@@ -78,6 +78,11 @@ class Plain:
         """Return this trainer with as many steps as it takes to see ``records`` records."""
         return replace(self, epochs=None, steps=None, records=max(1, records))
 
+    def but(self, steps: int | None, lr: float | None) -> Plain:
+        """Return this trainer with ``steps`` optimizer steps at ``lr``; ``None`` keeps its own."""
+        found = self if steps is None else replace(self, epochs=None, records=None, steps=steps)
+        return found if lr is None else replace(found, lr=lr)
+
     def fit(self, job: Job) -> Fit:
         """Train K clients side by side; one with fewer steps leaves the others to go on.
 
