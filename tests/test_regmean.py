@@ -32,6 +32,7 @@ from fedpeft.stacking import stack
 from fedpeft.tables import Tables, limit
 from fedpeft.types import Example, Sent, Tensors, Weights
 from fedpeft.wire import unpack
+from tests import architectures
 from tests.architectures import checkpoint, fresh_base, randomised
 from tests.camp import CLASSES, CLASSIFY, LANGUAGE, PICTURES, TASKS, Spy, records_of
 from tests.test_flower import FakeGrid, config_of, result_of, serve
@@ -44,12 +45,15 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "bert": (CLASSIFY, "all-linear"),
     "albert": (CLASSIFY, "attention"),
     "deberta-v2": (CLASSIFY, "all-linear"),
+    "deberta shared": (CLASSIFY, "all-linear"),
     "llama": (LANGUAGE, "all-linear"),
     "gpt2": (LANGUAGE, "all-linear"),
     "vit": (PICTURES, "all-linear"),
     "swin": (PICTURES, "attention"),
 }
-"""Padding, layers that share weights, positions of no record, GQA, Conv1D, patches, windows."""
+"""Padding, layers that share weights, positions of no record (through modules of their own or the
+same), GQA, Conv1D, patches, windows."""
+SHARED = {"share_att_key": True, "pos_att_type": "c2p|p2c"}
 EACH = (5, 1, 3)
 """Records of each client."""
 
@@ -221,7 +225,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Any:
     def find(kind: str) -> Base:
         if kind not in made:
             head = KINDS[kind][0]
-            folder = checkpoint(kind, root / kind, None if head == PICTURES else bert)
+            with pytest.MonkeyPatch.context() as patch:
+                name, fields = architectures.CHECKPOINTS["deberta-v2"]
+                shared = name, fields | SHARED
+                patch.setitem(architectures.CHECKPOINTS, "deberta shared", shared)
+                folder = checkpoint(kind, root / kind, None if head == PICTURES else bert)
             made[kind] = fresh_base(folder, head, () if head == LANGUAGE else CLASSES)
         return made[kind]
 
@@ -273,7 +281,7 @@ def _one_by_one(setting: Setting, client: int) -> Tensors:
 @pytest.mark.parametrize("kind", KINDS)
 def test_grams_are_those_of_the_records_one_by_one(bases: Any, kind: str) -> None:
     setting = _setting(bases(kind), kind)
-    together = kind not in ("deberta-v2", "swin")  # their clients share no pass
+    together = kind not in ("deberta-v2", "deberta shared", "swin")  # their clients share no pass
     found = {width: setting.grams(width) for width in ((1, 3) if together else (1,))}
     for k in range(len(EACH)):
         expected = _one_by_one(setting, k)
@@ -285,7 +293,7 @@ def test_grams_are_those_of_the_records_one_by_one(bases: Any, kind: str) -> Non
     setting.learner.attached.detach()
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "vit", "deberta-v2"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "vit", "deberta shared"])
 def test_grams_are_the_same_in_smaller_batches(bases: Any, kind: str) -> None:
     setting, told = _setting(bases(kind), kind), list[str]()
     whole = setting.grams()
