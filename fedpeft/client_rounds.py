@@ -84,7 +84,10 @@ class Received:
 
 
 def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Received:
-    """Decode a broadcast, for ``training`` or for use. Raises ``WireError`` for another message."""
+    """Decode a broadcast, for ``training`` or for use. Raises ``WireError`` for another message.
+
+    For use, what would begin anew is as before round 0: it adds nothing, and all share it.
+    """
     client, message, memory = asked.client, asked.message, asked.memory
     told = peek(message)
     try:
@@ -98,7 +101,8 @@ def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Receiv
     keep = bool(told.get("keep"))
     kept = memory.at(acknowledged, client) if keep or site.tables.remembers else {}
     tensors = {**tables.part(site.initial), **select(kept, "local"), **came.adapter}
-    tensors |= tables.begin(client, round)
+    if training:
+        tensors |= tables.begin(client, round)
     fold = assembled(came.fold, select(kept, "fold"), site.tables.shapes) if came.fold else {}
     once = came.once or select(kept, "once")
     if {*once} != {*tables.once}:

@@ -121,13 +121,15 @@ def assembled(came: Tensors, held: Tensors, shapes: Shapes) -> Tensors:
         raise WireError("edits of the base are not finite")
     found = dict[str, Product]()
     for (module, (m, n)), rank in zip(sizes.items(), came[_AT].tolist(), strict=True):
-        new = lowrank.fold_of(came, module)
-        own = lowrank.fold_of(held, module) if rank else _nothing(m, n)
+        new, own = lowrank.fold_of(came, module), _nothing(m, n)
+        if rank and lowrank.folded_names(module)[0] in held:
+            own = lowrank.fold_of(held, module)
         if not 0 <= rank <= min(own.rank, own.b.shape[-1]):
-            raise WireError(f"edit of {module} follows rank {rank}, {own.rank} are held")
-        matrix = new.a.shape == (m, n) and new.b.shape == (m, 0) and not rank
-        pair = new.a.shape == (new.rank, n) and new.b.shape == (m, new.rank)
-        if not matrix and not (pair and _is_shorter(rank + new.rank, m, n)):
+            raise WireError(f"edit of {module} follows rank {rank}, {own.b.shape[-1]} are held")
+        more = new.b.shape[-1] if new.b.ndim == 2 else -1
+        matrix = new.a.shape == (m, n) and more == 0 and new.b.shape == (m, 0) and not rank
+        pair = (new.b.shape, new.a.shape) == ((m, more), (more, n))
+        if not matrix and not (pair and _is_shorter(rank + more, m, n)):
             raise WireError(f"edit of {module} does not have the shape of its weight ({m} x {n})")
         found[module] = _joined(own, rank, new) if rank else new
     return _named(found.items())

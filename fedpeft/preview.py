@@ -40,29 +40,28 @@ class _Traffic:
 
     def __init__(self, plan: Plan, tables: Tables, clients: Sequence[str], cohort: float) -> None:
         self._plan, self._tables = plan, tables
-        self._edits = _edits(plan, tables, clients, cohort)
+        self.edits = _edits(plan, tables, clients, cohort)
         self._found: dict[Tables, tuple[Size, Size]] = {}
         self._used: dict[Tables, Size] = {}
         self.asked, self.answered = _later(tables)
         self.once = 4 * size(tables.once.values())
 
     def of(self, client: str) -> tuple[Size, Size]:
-        """Return the sizes down and up in a first phase, the mean over rounds where they differ."""
+        """Return the sizes down and up in a first phase, the mean over rounds where they differ.
+
+        ``edits`` of the base, by round, come on top of what goes down.
+        """
         own = self._tables.of(client)
         if own not in self._found:
-            down = self._with_edits(self._mean(_down, client))
-            self._found[own] = down, self._mean(_up, client)
+            self._found[own] = self._mean(_down, client), self._mean(_up, client)
         return self._found[own]
 
     def evaluating(self, client: str) -> Size:
-        """Return the size of what a client is sent to evaluate, about the mean over rounds."""
+        """Return the size of what a client is sent to evaluate, without ``edits``."""
         own = self._tables.of(client)
         if own not in self._used:
-            self._used[own] = self._with_edits(_down(self._plan, own, 0))
+            self._used[own] = _down(self._plan, own, 0)
         return self._used[own]
-
-    def _with_edits(self, down: Size) -> Size:
-        return Size(down.bytes + self._edits, down.exact and not self._tables.folds)
 
     def _mean(self, measure: Callable[[Plan, Tables, int], Size], client: str) -> Size:
         """Return the mean over rounds; those in which the same travels are measured once."""
@@ -102,7 +101,7 @@ def preview(plan: Plan) -> dict[str, Any]:
         "local": _local(plan, federation),
         "personal": _personal(plan, federation),
         "stacked": plan.adapter.max_group != 1,
-        "bytes": _bytes(plan, federation, traffic, cohort, found.exact),
+        "bytes": _bytes(plan, federation, traffic, cohort, found.exact and not tables.folds),
         "memory": _memory(found, shapes, tables, plan),
         "warnings": list(checked.warnings),
     }
@@ -114,7 +113,8 @@ def _bytes(
     """Return bytes per client (mean, least, most), per round and in total."""
     each = [traffic.of(client) for client in federation.population]
     found: dict[str, Any] = {}
-    for way, more in (("down", traffic.asked), ("up", traffic.answered)):
+    edits = round(sum(traffic.edits[: plan.rounds]) / plan.rounds)
+    for way, more in (("down", traffic.asked + edits), ("up", traffic.answered)):
         sizes = [one[way == "up"] for one in each]
         exact = exact and all(size.exact for size in sizes)
         counts = [size.bytes + more for size in sizes]
@@ -127,8 +127,7 @@ def _bytes(
             f"{way}_total": round(plan.rounds * cohort * mean),
         }
     found["down_total"] += _once(plan, traffic.once, len(each), cohort)
-    evaluated = (traffic.evaluating(c).bytes for c in _evaluated(plan, federation))
-    return {**found, "evaluation_total": sum(evaluated), "exact": exact}
+    return {**found, "evaluation_total": _evaluation(plan, federation, traffic), "exact": exact}
 
 
 def _once(plan: Plan, once: int, clients: int, cohort: float) -> int:
@@ -137,12 +136,15 @@ def _once(plan: Plan, once: int, clients: int, cohort: float) -> int:
     return round(once * clients * (1 - never))
 
 
-def _evaluated(plan: Plan, federation: Federation) -> Sequence[str]:
-    """Return who is sent something to evaluate, over all rounds."""
+def _evaluation(plan: Plan, federation: Federation, traffic: _Traffic) -> int:
+    """Return the bytes of all that is sent to be evaluated."""
     if "clients" not in plan.evaluations or not plan.holdout:
-        return []
-    often = len({*range(plan.eval_every, plan.rounds + 1, plan.eval_every), plan.rounds})
-    return [*evaluated_clients(plan, list(federation.train))] * often
+        return 0
+    asked = evaluated_clients(plan, list(federation.train))
+    each = sum(traffic.evaluating(client).bytes for client in asked)
+    after = {*range(plan.eval_every, plan.rounds + 1, plan.eval_every), plan.rounds}
+    edits: float = sum(traffic.edits[t] for t in after)
+    return each * len(after) + round(len(asked) * edits)
 
 
 def _down(plan: Plan, tables: Tables, round: int) -> Size:
@@ -154,24 +156,29 @@ def _down(plan: Plan, tables: Tables, round: int) -> Size:
         sections = {"adapter": _encoded(plan.downlink, expected["adapter"], kind)}
         if "control" in expected:
             sections["control"] = _filled(expected["control"], kind)
+        if "fold" in expected:
+            sections["fold"] = state.fold.since(state.fold.held(round))
         return body(sections, expected).seal(told).nbytes
 
     return _measured(packed)
 
 
-def _edits(plan: Plan, tables: Tables, clients: Sequence[str], cohort: float) -> int:
-    """Return the bytes of edits of the base that a client is sent in a round, on average.
+def _edits(plan: Plan, tables: Tables, clients: Sequence[str], cohort: float) -> Sequence[float]:
+    """Return the bytes of edits of the base that a client misses before each round and at the end.
 
-    At most, because products may turn out shorter; and each client is asked as often as any other.
+    At most, because products may turn out shorter; and on average, if all are asked as often.
     """
     if not isinstance(plan.aggregator, Folding) or not clients or not cohort:
-        return 0
-    ranks = [_rank(tables.of(client).shapes) for client in clients]
-    asked = round(cohort)
-    growth = plan.aggregator.growth([round(sum(ranks) / len(ranks))] * max(1, asked))
-    missed = len(clients) / cohort
-    each = [folds.grown(tables.shapes, growth, t, missed) for t in range(plan.rounds)]
-    return round(sum(each) / plan.rounds)
+        return [0.0] * (plan.rounds + 1)
+    sums = dict.fromkeys(clients, 0)
+    for at in range(plan.rounds):
+        sums = {c: rank + _rank(tables.of(c, at).shapes) for c, rank in sums.items()}
+    ranks = sorted(round(total / plan.rounds) for total in sums.values())
+    asked, share = max(1, round(cohort)), min(1.0, cohort / len(clients))
+    usual = [ranks[(2 * k + 1) * len(ranks) // (2 * asked)] for k in range(asked)]
+    growth = plan.aggregator.growth(usual)
+    missed = [(1 - (1 - share) ** t) / share for t in range(plan.rounds + 1)]
+    return [folds.grown(tables.shapes, growth, t, n) for t, n in enumerate(missed)]
 
 
 def _rank(shapes: Shapes) -> int:

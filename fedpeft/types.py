@@ -154,8 +154,8 @@ class Step:
     """What an aggregator makes of a cohort: one direction for the server optimizer.
 
     ``replaced`` are new values for tensors that were factorised anew: the old ones and the
-    optimizer have no part in them, and ``delta`` does not name them. ``fold`` are products, float64
-    and named by ``lowrank.folded``, that are added to the frozen base for good; only an aggregator
+    optimizer have no part in them, and ``delta`` does not name them. ``fold`` are products, named
+    by ``lowrank.folded``, that are added to the frozen base for good; only an aggregator
     that is :class:`Folding` has any. ``kept`` is what the aggregator finds in the next round's
     ``Sent``, float32 and of any names.
     """

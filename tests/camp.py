@@ -154,10 +154,12 @@ def camp_of(
     most: int | None = None,
     targets: str = "",
     method: str = "lora",
+    aggregator: str = "mean",
 ) -> Camp:
     """Set up clients on ``base``; its precision is that of their training, but for bfloat16."""
     head, usual = ARENAS.get(arena, (CLASSIFY, "attention"))
-    plan = plan_of(f"{method}({adapter}, targets={targets or usual!r})", trainer, correction)
+    line = f"{method}({adapter}, targets={targets or usual!r})"
+    plan = plan_of(line, trainer, correction, aggregator)
     exact = torch.promote_types(next(base.model.parameters()).dtype, torch.float32)
     watched = Watched(plan.trainer, exact)
     plan = replace(plan, trainer=watched)
@@ -172,7 +174,7 @@ def camp_of(
     return Camp(plan, learner, tables, initial, records, held, spy, watched, told)
 
 
-def plan_of(adapter: str, trainer: str, correction: str) -> Plan:
+def plan_of(adapter: str, trainer: str, correction: str, aggregator: str = "mean") -> Plan:
     return Plan.from_lines(
         {
             "model": "tiny-novels",  # never read, like the data
@@ -181,6 +183,7 @@ def plan_of(adapter: str, trainer: str, correction: str) -> Plan:
             "adapter": adapter,
             "trainer": trainer,
             "correction": correction,
+            "aggregator": aggregator,
             "rounds": 4,
         }
     )

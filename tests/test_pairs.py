@@ -26,7 +26,7 @@ Choice = tuple[str, str]
 """A line of the plan and its value."""
 
 BOTH_MOVE = (
-    *("lora(r=2)", "lora(r=2, head='local')", "lora(r=2, head='frozen')", "lora(r=2, align=0.5)"),
+    *("lora(r=2)", "lora(r=2, head='local')", "lora(r=2, head='frozen', align=0.5)"),
     "lora(r=2, targets='all-linear', dropout=0.1, init='orthonormal', rslora=True)",
 )
 MIXED = ("lora(r=3, ranks='1,2,3')",)
@@ -38,6 +38,9 @@ ONE_MOVES = (
     "core(r=3, targets='all-linear', dropout=0.1, init='svd', sigma_to='A', head='local')",
     "full",
 )
+FRESH = ("lora(r=3, ranks='1,2,3', fresh='client', head='local')",)
+COMMON = ("lora(r=2, fresh='round')",)
+"""Factors that begin anew in every round, and those which all clients begin with."""
 OWN = ("lora(r=2, local='B')",)
 """Adapters by what their clients are sent and what they move of it."""
 
@@ -46,6 +49,10 @@ TAKES: Mapping[str, tuple[str, ...]] = {
     "flexlora": (*BOTH_MOVE, *MIXED, *ONE_MOVES_OF_TWO),
     "hetlora": (*BOTH_MOVE, *MIXED, *ONE_MOVES_OF_TWO),
     "lora_fair": (*BOTH_MOVE, *ONE_MOVES_OF_TWO),
+    "fedask": (*BOTH_MOVE, *MIXED, *ONE_MOVES_OF_TWO),
+    "stack": (*FRESH, *COMMON),
+    "fedex": BOTH_MOVE,
+    "frlora": COMMON,
     "fedsvd": ONE_MOVES_OF_TWO,
     "regmean": ("lora(r=2, train='B', send='both')", "lora(r=2, train='B', head='local')"),
     **dict.fromkeys(("ties", "dare", "breadcrumbs", "model_stock"), ONE_MOVES_OF_TWO + ONE_MOVES),
@@ -55,7 +62,7 @@ TAKES: Mapping[str, tuple[str, ...]] = {
 
 LISTED: Mapping[str, list[str]] = {
     "task": ["classify", "causal_lm(max_length=24)"],
-    "adapter": [*BOTH_MOVE, *MIXED, *ONE_MOVES_OF_TWO, *ONE_MOVES, *OWN],
+    "adapter": [*BOTH_MOVE, *MIXED, *ONE_MOVES_OF_TWO, *ONE_MOVES, *FRESH, *COMMON, *OWN],
     "trainer": [
         "plain(optimizer='sgd', lr=0.1, steps=2, batch=4)",
         "plain(optimizer='sgd', lr=0.1, steps=2, batch=4, momentum=0.9, weight_decay=0.01)",
@@ -73,9 +80,8 @@ LISTED: Mapping[str, list[str]] = {
     "aggregator": [
         *("mean", "ties", "ties(density=0.5, scope='tensor', space='dense')"),
         *("dare", "breadcrumbs", "model_stock"),
-        *("flexlora", "flexlora(sigma_to='split')", "fedsvd"),
-        *("flexlora(rank_normalise=True)", "hetlora(rank_normalise=True)"),
-        *("lora_fair", "lora_fair(solver='cosine')", "lora_fair(solver='cosine+norm', lam=0.0)"),
+        *("flexlora", "flexlora(rank_normalise=True, sigma_to='split')", "fedsvd"),
+        *("hetlora(rank_normalise=True)", "lora_fair"),
     ],
     "optimizer": ["sgd", "sgd(lr=0.5, momentum=0.9)", "adam", "yogi", "adagrad"],
     "partition": [

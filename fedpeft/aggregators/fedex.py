@@ -55,7 +55,7 @@ class Fedex:
                 missing = 1 - sum(share for share, _ in parts)
                 parts += [(missing, before)] if abs(missing) > _products.NOTHING else []
                 mean, residual = _split(parts)
-                if self.rank is not None:
+                if self.rank is not None and self.rank < residual.rank:
                     residual = lowrank.cut(lowrank.svd(residual), self.rank, "split")
                 fold |= lowrank.folded(module, residual)
             else:
@@ -67,15 +67,20 @@ class Fedex:
         return Step({k: delta[k] for k in sent.moving}, fold=fold)
 
     def growth(self, ranks: Sequence[int]) -> int:
-        """Return ``rank`` or the ranks' sum, which it is where not all clients reply."""
-        return sum(ranks) if self.rank is None else min(sum(ranks), self.rank)
+        """Return the ranks' sum without one of them, or ``rank``."""
+        most = sum(ranks[1:])
+        return most if self.rank is None else min(most, self.rank)
 
 
 def _split(parts: Parts) -> tuple[Product, Product]:
     """Return the product of the means, and what it lacks of the mean of the products.
 
-    Summed about the means, nothing cancels.
+    With shares that add up to 1, ``sum p_k (B_k - B)(A_k - A)`` is the same about any other ``B``.
+    About that of the last part there is one product less to stack; nothing cancels either way.
     """
     b = np.sum([share * p.b.astype(np.float64) for share, p in parts], axis=0)
     a = np.sum([share * p.a.astype(np.float64) for share, p in parts], axis=0)
-    return Product(b, a), lowrank.total([(s, Product(p.b - b, p.a - a)) for s, p in parts])
+    (_, last), apart = parts[-1], list[tuple[float, Product]]()
+    for share, part in parts[:-1]:
+        apart.append((share, Product(part.b.astype(np.float64) - last.b, part.a - a)))
+    return Product(b, a), lowrank.total(apart) if apart else Product(b[:, :0], a[:0])

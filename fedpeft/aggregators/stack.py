@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
+import numpy as np
+
 from fedpeft import lowrank
 from fedpeft.aggregators import _products
+from fedpeft.aggregators._products import Parts
+from fedpeft.lowrank import Product
 from fedpeft.spec import bounded, method
 from fedpeft.types import Sent, Step, Tensors, Update, Weights
 
@@ -37,12 +41,20 @@ class Stack:
         held, rest = _products.collected(updates, sent, weights)
         fold = dict[str, Tensors]()
         for module in list(held):
-            value = lowrank.total(held.pop(module))
-            if self.energy < 1:
-                found = lowrank.svd(value)
-                value = lowrank.cut(found, lowrank.within(found, self.energy), "split")
-            fold[module] = lowrank.folded(module, value)
+            fold[module] = lowrank.folded(module, self._sum(held.pop(module)))
         return Step(rest, fold={k: v for one in fold.values() for k, v in one.items()})
+
+    def _sum(self, parts: Parts) -> Product:
+        """Return the sum of products but for those that are zero, as short as it can be held.
+
+        It is beside the sums of all other modules until it is appended.
+        """
+        value = lowrank.total([p for p in parts if p[1].b.any()] or parts[:1])
+        if self.energy == 1:
+            return Product(value.b.astype(np.float32), value.a)
+        found = lowrank.svd(value)
+        value = lowrank.cut(found, lowrank.within(found, self.energy), "split")
+        return Product(value.b.astype(np.float32), value.a.astype(np.float32))
 
     def growth(self, ranks: Sequence[int]) -> int:
         """Return the sum of the ranks."""

@@ -3,23 +3,27 @@
 Updates are made one by one as a server would decode them; a method that needs them all holds them
 itself. Where papers multiply the factors out and decompose the [m, n] matrix, that way is timed in
 the same run on one module and scaled to all of them. ``peak_over_held`` is the most memory the
-method took, over the bytes of all updates, which whoever holds them must have. Random factors:
-nothing here depends on what they say.
+method took, over the bytes of all updates, which whoever holds them must have. Where a method edits
+the base, to append its edit is its work, too. Random factors: nothing here depends on what they
+say, but for the rank that ``stack(energy=...)`` keeps.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedpeft import lowrank
+from fedpeft.folds import Fold
 from fedpeft.rng import derive
 from fedpeft.spec import build
-from fedpeft.types import Sent, Tensors, Update, Weights
+from fedpeft.tensors import shapes_of
+from fedpeft.types import Folding, Sent, Tensors, Update, Weights
 from simulations.benchmarks import _report
 
 CLIENTS, RANK, SIDE, MODULES = 50, 16, 4096, 4
@@ -29,8 +33,14 @@ METHODS: Mapping[str, str] = {
     "lora_fair": "AB",
     "lora_fair(solver='cosine')": "AB",
     "fedsvd": "B",
+    "stack": "AB",
+    "stack(energy=0.9)": "AB",
+    "fedex": "AB",
+    "frlora": "AB",
 }
 """Aggregators, and the factors that travel up to them."""
+DENSE: Mapping[str, str] = {"flexlora": "sum", "stack(energy=0.9)": "sum", "fedsvd": "mean"}
+"""Which matrix is decomposed the dense way."""
 _STATUS = Path("/proc/self/status")
 
 
@@ -42,15 +52,24 @@ class Cohort:
         self.names = [f"layer{i}" for i in range(modules)]
 
     def sent(self, up: str) -> Sent:
-        """Return the adapter the clients were sent; ``up`` names the factors that come back."""
-        held = self._tensors("sent", "AB", 1.0)
+        """Return the adapter the clients were sent; the factors ``up`` come back, if any."""
+        held = self._tensors("sent", "AB" if up else "", 1.0)
         moving = {k: v for k, v in held.items() if k.split("lora_")[1][0] in up}
         return Sent(moving, {k: v for k, v in held.items() if k not in moving})
 
-    def updates(self, up: str) -> Iterator[Update]:
-        """Yield one update after the other."""
+    def updates(self, up: str, fresh: str = "") -> Iterator[Update]:
+        """Yield one update after the other; factors begin anew by ``client`` or by ``round``."""
+        begun = self.begun("round") if fresh == "round" else {}
         for i in range(self.clients):
-            yield Update(f"c{i}", self._tensors(f"c{i}", up, 0.1), 1.0, 1.0)
+            own = self.begun(f"begin {i}") if fresh == "client" else begun
+            sent = Sent(own) if own else None
+            yield Update(f"c{i}", self._tensors(f"c{i}", up, 0.1), 1.0, 1.0, sent=sent)
+
+    def begun(self, owner: str) -> Tensors:
+        """Return factors as they begin: ``B`` zero."""
+        drawn = self._tensors(owner, "A", 1.0)
+        zeros = {lowrank.factors(m)[1]: np.zeros((self.side, self.rank), "f4") for m in self.names}
+        return {**drawn, **zeros}
 
     def bytes(self, up: str) -> int:
         """Return the bytes of all updates."""
@@ -71,36 +90,43 @@ def measure(quick: bool) -> dict[str, Any]:
     cohort = Cohort(5, 4, 256, 2) if quick else Cohort(CLIENTS, RANK, SIDE, MODULES)
     shape = {"clients": cohort.clients, "rank": cohort.rank, "side": cohort.side}
     shape["modules"] = len(cohort.names)
-    making = {up: _seconds(lambda up=up: _made(cohort, up)) for up in ("AB", "B")}  # type: ignore[misc]
     one = Cohort(cohort.clients, cohort.rank, cohort.side, 1)
     dense = {
-        "flexlora": _seconds(lambda: _dense(one, _summed(one)))
-        - _seconds(lambda: _made(one, "AB")),
-        "fedsvd": _seconds(lambda: _dense(one, _mean(one))) - _seconds(lambda: _made(one, "B")),
+        "sum": _seconds(lambda: _dense(one, _summed(one))) - _seconds(lambda: _made(one, "AB")),
+        "mean": _seconds(lambda: _dense(one, _mean(one))) - _seconds(lambda: _made(one, "B")),
     }
+    making: dict[tuple[str, str], float] = {}
     rows = []
     for spec, up in METHODS.items():
         method = build("aggregators", spec)
+        needs = getattr(method, "needs", {})
+        fresh = "client" if "fresh" in needs else "round" if "common-start" in needs else ""
+        if (up, fresh) not in making:
+            making[up, fresh] = _seconds(partial(_made, cohort, up, fresh))
         weights = Weights({}, float(cohort.clients))
-        sent = cohort.sent(up)
+        sent = cohort.sent("" if fresh else up)
+        fold = Fold.empty(shapes_of(cohort.begun("round")))
         before = _resident(reset=True)
         began = time.perf_counter()
-        method.reduce(cohort.updates(up), sent, weights)
-        seconds = max(1e-9, time.perf_counter() - began - making[up])
+        step = method.reduce(cohort.updates(up, fresh), sent, weights)
+        after = fold.plus(step.fold, 1, ())
+        seconds = max(1e-9, time.perf_counter() - began - making[up, fresh])
         peak = _resident() - before
         row = {**shape, "method": spec, "seconds": round(seconds, 3)}
         row["held_mb"] = round(cohort.bytes(up) / 1e6, 1)
         row["peak_over_held"] = round(peak / cohort.bytes(up), 2) if before else None
-        if (name := spec.partition("(")[0]) in dense:
-            whole = dense[name] * len(cohort.names)
+        if isinstance(method, Folding):
+            row["ranks_added"] = max(after.ranks[1])
+        if spec in DENSE:
+            whole = dense[DENSE[spec]] * len(cohort.names)
             row |= {"dense_seconds": round(whole, 2), "times_faster": round(whole / seconds, 1)}
         rows.append(row)
     return {"rows": rows}
 
 
-def _made(cohort: Cohort, up: str) -> int:
+def _made(cohort: Cohort, up: str, fresh: str = "") -> int:
     """Make every update and let it go."""
-    return sum(len(update.delta) for update in cohort.updates(up))
+    return sum(len(update.delta) for update in cohort.updates(up, fresh))
 
 
 def _summed(cohort: Cohort) -> np.ndarray:
