@@ -21,7 +21,18 @@ from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
 from fedpeft.tables import Tables, limit
 from fedpeft.tensors import is_finite, narrowed, owned, padded, prefixed, select, shapes_of
-from fedpeft.types import Asking, Example, Fit, Job, Learner, Local, Scalar, Shapes, Tensors
+from fedpeft.types import (
+    Asking,
+    Example,
+    Fit,
+    Job,
+    Learner,
+    Local,
+    Observing,
+    Scalar,
+    Shapes,
+    Tensors,
+)
 from fedpeft.wire import Message, body, peek, unpack
 
 if TYPE_CHECKING:
@@ -167,12 +178,17 @@ def group_round(
     fit = plan.trainer.fit(job)
     if any(value._version for value in job.params.values()):
         raise PlanError("trainer: changed the parameters it was given in place; it must copy them")
+    trained = [
+        narrowed(own, shapes_of(received[k].tensors))
+        for k, own in zip(order, unstack(fit.params), strict=True)
+    ]
+    grams = _grams(plan, site, [(asked[k].client, received[k]) for k in order], trained, job, fit)
     clients = [a.client for a in asked]
     personal = after_round(plan, site, clients, received, grouping, on_step)
     played: dict[int, Played] = {}
-    for at, (k, trained) in enumerate(zip(order, unstack(fit.params), strict=True)):
-        own = narrowed(trained, shapes_of(received[k].tensors))
-        played[k] = _finish(plan, site, asked[k], received[k], own, fit, at, personal[k])
+    for at, k in enumerate(order):
+        own = _Trained(trained[at], grams.get(at, {}), personal[k], fit, at)
+        played[k] = _finish(plan, site, asked[k], received[k], own)
     return [played[k] for k in range(len(asked))]
 
 
@@ -218,23 +234,54 @@ def _constants(
     return found if whole else padded(found, shapes)
 
 
-def _finish(
+def _grams(
     plan: Plan,
     site: Client,
-    asked: Asked,
-    got: Received,
-    trained: Tensors,
+    clients: Sequence[tuple[str, Received]],
+    trained: Sequence[Tensors],
+    job: Job,
     fit: Fit,
-    at: int,
-    personal: Tensors,
-) -> Played:
-    """Subtract, encode and remember: what client ``at`` of ``fit`` does with what it trained."""
-    client, round, memory = asked.client, got.round, asked.memory
+) -> Mapping[int, Tensors]:
+    """Return the Gram matrices of each client whose training stayed finite, if it observes any."""
+    if not isinstance(plan.aggregator, Observing):
+        return {}
+    finite = [at for at, loss in enumerate(fit.losses) if np.isfinite(loss)]
+    tensors, examples = list[Tensors](), list[Sequence[Example]]()
+    for at in finite:
+        (client, got), records = clients[at], job.examples[at]
+        count = plan.aggregator.observed(len(records))
+        if count < len(records):
+            rng = derive(plan.seed, got.round, client, "observed")
+            chosen = rng.choice(len(records), count, replace=False)
+            records = [records[i] for i in sorted(chosen.tolist())]
+        tensors.append({**got.tensors, **trained[at]})
+        examples.append(records)
+    found = site.learner.grams(tensors, examples, job.grouping.width)
+    return dict(zip(finite, found, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What client ``at`` of ``fit`` trained: the shared adapter and its own, if it has one.
+
+    ``grams`` are those of its inputs after training, where the aggregator is :class:`Observing`.
+    """
+
+    tensors: Tensors
+    grams: Tensors
+    personal: Tensors
+    fit: Fit
+    at: int
+
+
+def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: _Trained) -> Played:
+    """Subtract, encode and remember: what a client does with what it trained."""
+    client, round, memory, fit, at = asked.client, got.round, asked.memory, own.fit, own.at
     roles, up = site.tables.roles(round), site.tables.of(client, round).up(round)
     if not np.isfinite(fit.losses[at]):
         why = "its loss is not finite: training diverged; lower the trainer's lr, or set clip"
         return Played(client, TrainError(why), memory)
-    trained = plan.adapter.after_fit(trained, got.tensors, round)
+    trained = plan.adapter.after_fit(own.tensors, got.tensors, round)
     delta = {k: _minus(trained[k], got.tensors[k]) for k in up["adapter"]}
     sent = plan.uplink.encode(delta, derive(plan.seed, round, client, "uplink"))
     followed = plan.correction.remembers or "control" in up
@@ -246,11 +293,11 @@ def _finish(
     of = asking.instead(site.tables.shapes) if asking else ()
     held = {k: trained[k] if k in trained else got.tensors[k] for k in of}
     if asking and "answer" in up:
-        sections["answer"] = asking.answer(0, held, {}, _seed(plan, round))
+        sections["answer"] = asking.answer(0, held, own.grams, _seed(plan, round))
     if site.tables.stores or got.remembered:
-        own = {k: trained[k].copy() for k in sorted(roles.local)}
-        news = {**prefixed("local", own), **prefixed("correction", corrected)}
-        news |= {**prefixed("personal", personal), **got.remembered}
+        kept = {k: trained[k].copy() for k in sorted(roles.local)}
+        news = {**prefixed("local", kept), **prefixed("correction", corrected)}
+        news |= {**prefixed("personal", own.personal), **got.remembered}
         if len(site.tables.phases) > 1:
             news |= prefixed(_TRAINED, {k: v.copy() for k, v in held.items()})
         memory = memory.after(got.acknowledged, round, news, once=_TRAINED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from fedpeft.types import Attached, Batch, Dropout, Example, Metrics, Stacked, T
 
 EVALUATION_BATCH = 64
 """Records in a pass of evaluation, of all clients in it together."""
+_T = TypeVar("_T")
 
 
 class ModelLearner:
@@ -89,9 +90,32 @@ class ModelLearner:
         halved, from then on; that changes results by rounding only. Raises ``TrainError`` where
         one record does not fit.
         """
+        return self._fitting(partial(self._in_passes, tensors, examples, width), examples)
+
+    def grams(
+        self, tensors: Sequence[Tensors], examples: Sequence[Sequence[Example]], width: int = 1
+    ) -> Sequence[Tensors]:
+        """Return the mean of ``z z^T`` [r, r] by module of each client; see ``types.Learner``.
+
+        Up to ``width`` clients share a pass. What does not fit into memory is treated as in
+        :meth:`evaluate`.
+        """
+
+        def work(rows: int) -> list[Tensors]:
+            size, found = min(width, rows), list[Tensors]()
+            for start in range(0, len(tensors), size):
+                part = slice(start, start + size)
+                found += self._observed(tensors[part], examples[part], rows)
+            return found
+
+        return self._fitting(work, examples)
+
+    def _fitting(
+        self, work: Callable[[int], list[_T]], examples: Sequence[Sequence[Example]]
+    ) -> list[_T]:
+        """Do ``work`` with as many records in a pass as fit into memory, and remember how many."""
         most = len(examples) * max(map(len, examples), default=0)
         begun = max(1, min(self._rows, most))
-        work = partial(self._in_passes, tensors, examples, width)
         found, rows = evaluated_in_parts(work, begun, self.device, self._warn)
         if rows < begun:
             self._rows = rows
@@ -137,6 +161,24 @@ class ModelLearner:
                     for name, value in self.task.tally(*part).items():
                         tallies[k][name] = tallies[k].get(name, 0.0) + value
         return [self.task.metrics(tally) for tally in tallies]
+
+    def _observed(
+        self, tensors: Sequence[Tensors], examples: Sequence[Sequence[Example]], rows: int
+    ) -> list[Tensors]:
+        sums: list[dict[str, list[torch.Tensor]]] = [{} for _ in tensors]
+        stacked = stack(tensors, self.base.device)
+        with torch.inference_mode():
+            for chosen in _side_by_side(examples, rows):
+                clients = sorted({k for k, _ in chosen})
+                records = [None if i is None else examples[k][i] for k, i in chosen]
+                batch = self.collate(records, [1.0] * len(chosen))
+                with self.attached.observing(batch.lengths) as seen:
+                    self._logits(taken(stacked, clients), batch, None)
+                for module, parts in seen.items():
+                    for at, k in enumerate(clients):
+                        before = sums[k].get(module, [torch.zeros_like(p[at]) for p in parts])
+                        sums[k][module] = [b + p[at] for b, p in zip(before, parts, strict=True)]
+        return [{m: (s / n).cpu().numpy() for m, (s, n) in own.items()} for own in sums]
 
     def _logits(
         self, params: Mapping[str, torch.Tensor], batch: Batch, dropout: Dropout | None

@@ -15,7 +15,7 @@ import numpy as np
 from fedpeft.errors import PlanError, WireError
 from fedpeft.tables import limit
 from fedpeft.tensors import is_within, shapes_of
-from fedpeft.types import Asking, Scalar, Sent, Shapes, Tensors, Weights
+from fedpeft.types import Asking, Observing, Scalar, Sent, Shapes, Tensors, Weights
 from fedpeft.wire import Message, body, unpack
 
 Reply: TypeAlias = "tuple[str, Message | bytes | Exception]"
@@ -44,6 +44,11 @@ class Sum:
     def missing(self) -> float:
         """The share of those who did not answer."""
         return 1 - self._share
+
+    @property
+    def mean(self) -> Tensors:
+        """The weighted mean of the answers; nothing where there is none."""
+        return {k: v / self._share for k, v in self._total.items()} if self._share else {}
 
     def filled(self, still: Tensors) -> Tensors:
         """Return the sum in which those who are missing answer ``still``."""
@@ -95,11 +100,13 @@ class Later:
             left = answered
         return self.asking.settle(sums, self.sent) if left else {}
 
-    def _whole(self, phase: int, found: Sum, question: Tensors) -> Tensors:
-        """Return a sum in which those who are missing did not move."""
+    def _whole(self, phase: int, found: Sum, given: Tensors) -> Tensors:
+        """Return a sum in which those who are missing did not move, and saw what others saw."""
         held = {**self.sent.still, **self.sent.moving}
         of = {k: held[k] for k in self.asking.instead(shapes_of(held))}
-        return found.filled(self.asking.answer(phase, of, question, self.sent.seed))
+        if phase == 0 and isinstance(self.asking, Observing):
+            given = self.asking.presumed(found.mean)
+        return found.filled(self.asking.answer(phase, of, given, self.sent.seed))
 
     def _read(self, phase: int, reply: Message | bytes | Exception) -> Tensors:
         """Return a reply's answer. Raises ``WireError``."""

@@ -274,6 +274,17 @@ class Attached(Protocol):
         """
         ...
 
+    def observing(
+        self, lengths: Sequence[int]
+    ) -> AbstractContextManager[Mapping[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """Record what goes into each module's ``B`` in the calls within: ``z = A x``.
+
+        Yields, by module, sums [K, r, r] of ``z z^T`` over the positions of each row that
+        ``lengths`` says are its own, and how many these were [K]; float64. Raises ``PlanError``
+        for an adapter without such factors.
+        """
+        ...
+
     def checkpoint(self) -> bool:
         """Keep no activations of the layers: compute them again in the backward pass.
 
@@ -326,6 +337,16 @@ class Learner(Protocol):
 
         Up to ``width`` clients share a pass. Raises ``TrainError`` where one record does not fit
         into memory.
+        """
+        ...
+
+    def grams(
+        self, tensors: Sequence[Tensors], examples: Sequence[Sequence[Example]], width: int = 1
+    ) -> Sequence[Tensors]:
+        """Return the mean of ``z z^T`` [r, r] by module, float64, of each client on its records.
+
+        ``z = A x`` is what goes into the module's ``B``; padding does not count. Arguments and
+        errors as of :meth:`evaluate`.
         """
         ...
 
@@ -647,11 +668,13 @@ class Asking(Protocol):
         """Return the shapes of each phase's question and answer; the first has no question."""
         ...
 
-    def answer(self, phase: int, trained: Tensors, question: Tensors, seed: int) -> Tensors:
+    def answer(self, phase: int, trained: Tensors, given: Tensors, seed: int) -> Tensors:
         """Return a client's answer, float32.
 
         ``trained`` are the tensors of :meth:`instead` as they came out, or as they were sent for
-        those who are missing. ``seed`` belongs to this round and is known to all.
+        those who are missing. ``given`` is the phase's question; in the first phase the client's
+        Gram matrices where the aggregator is :class:`Observing`, else nothing. ``seed`` belongs to
+        this round and is known to all.
         """
         ...
 
@@ -661,6 +684,26 @@ class Asking(Protocol):
 
     def settle(self, sums: Sequence[Tensors], sent: Sent) -> Tensors:
         """Return new values for the tensors that did not travel, from all sums, float64."""
+        ...
+
+
+@runtime_checkable
+class Observing(Protocol):
+    """What an aggregator that is :class:`Asking` has besides whose clients look at their inputs.
+
+    After training, each runs its training records once more through the model with what it has
+    trained, without gradients and dropout: see ``Learner.grams``.
+    """
+
+    def observed(self, records: int) -> int:
+        """Return how many of a client's training ``records`` it looks at, at least one."""
+        ...
+
+    def presumed(self, answer: Tensors) -> Tensors:
+        """Return the Gram matrices of those who are missing, from the others' mean first answer.
+
+        ``answer`` is float64, and empty where nobody answered.
+        """
         ...
 
 

@@ -68,6 +68,12 @@ class Quadratic:
             found.append({"loss": float(self._losses(stacked, rows).mean())})
         return found
 
+    def grams(
+        self, tensors: Sequence[Tensors], examples: Sequence[Sequence[Example]], width: int = 1
+    ) -> Sequence[Tensors]:
+        """Return nothing: no tensor is a factor."""
+        return [{} for _ in tensors]
+
     def _losses(self, params: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
         x = params["x"]
         each = len(rows) // len(x)

@@ -56,6 +56,7 @@ TAKES: Mapping[str, tuple[str, ...]] = {
     "fedex": BOTH_MOVE,
     "frlora": COMMON,
     "fedsvd": ONE_MOVES_OF_TWO,
+    "regmean": ("lora(r=2, train='B', send='both')", "lora(r=2, train='B', head='local')"),
     **dict.fromkeys(("ties", "dare", "breadcrumbs", "model_stock"), ONE_MOVES_OF_TWO + ONE_MOVES),
     "ties(density=0.5, scope='tensor', space='dense')": BOTH_MOVE + ONE_MOVES_OF_TWO,
 }

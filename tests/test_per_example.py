@@ -309,6 +309,11 @@ class Given:
     ) -> Sequence[Metrics]:
         raise NotImplementedError
 
+    def grams(
+        self, tensors: Sequence[Tensors], examples: Sequence[Sequence[Example]], width: int = 1
+    ) -> Sequence[Tensors]:
+        raise NotImplementedError
+
 
 def _sums(
     learner: Given, rows: Sequence[int], weights: Sequence[float], clients: int, **options: Any

@@ -22,7 +22,7 @@ from fedpeft.learner import ModelLearner
 from fedpeft.models._base import Base
 from fedpeft.plan import Plan
 from fedpeft.spec import build
-from fedpeft.types import Batch, Example, Fit, Job, Metrics, Stacked
+from fedpeft.types import Batch, Example, Fit, Job, Metrics, Stacked, Tensors
 from tests.architectures import fresh_base
 from tests.tiny import LABELS, support_lines, support_plan, support_rows
 
@@ -155,6 +155,10 @@ class _Slopes:
 
     def evaluate(self, tensors: Any, examples: Any, width: int = 1) -> Sequence[Metrics]:
         """Measure nothing."""
+        return []
+
+    def grams(self, tensors: Any, examples: Any, width: int = 1) -> Sequence[Tensors]:
+        """Look at nothing."""
         return []
 
 

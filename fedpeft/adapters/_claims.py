@@ -63,6 +63,8 @@ def offers(lora: Lora) -> Mapping[str, str]:
         found["precondition"] = "a fixed A gives a matrix to multiply the gradients of B by"
     if lora.train in ("A", "B") and lora.send == "both":
         found["sent-at-rest"] = "clients are sent a factor that they never train"
+    if lora.train == "B" and lora.fresh == "none":
+        found["fixed-a"] = "all clients have the same A, which no round moves"
     if lora.ranks:
         found["mixed-ranks"] = "clients have ranks of their own"
     if _rests(lora):

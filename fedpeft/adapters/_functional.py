@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
+
+from fedpeft.errors import PlanError
 
 if TYPE_CHECKING:
     from fedpeft.models._base import Base
@@ -32,6 +34,10 @@ class Functional:
         result = torch.func.functional_call(self._model, own, (), dict(inputs))
         logits: torch.Tensor = result.logits
         return logits
+
+    def observing(self, lengths: Sequence[int]) -> NoReturn:
+        """Refuse: there are no factors."""
+        raise PlanError("adapter: full has no factors whose inputs could be looked at")
 
     def checkpoint(self) -> bool:
         """Refuse: a second forward pass would meet the base's parameters."""

@@ -7,7 +7,7 @@ client's own low-rank product, and a hook on each module of the head replaces it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fedpeft.adapters._grams import Grams, Sums
 from fedpeft.errors import GroupError, ModelError
 from fedpeft.lowrank import folded_names
 
@@ -61,6 +62,7 @@ class StackedLora:
         self._form, self._name = form, name
         self._params: Mapping[str, Tensor] = {}
         self._masks: Dropout | None = None
+        self._grams = Grams()
         self._rows: tuple[int, int] = (0, 0)
         self._layers: list[Any] = []
         heads = sorted({weight.rpartition(".")[0] for weight in base.outline.head})
@@ -81,6 +83,10 @@ class StackedLora:
         with self._during((params, dropout if self._dropout else None, (rows, rows * width))):
             logits: Tensor = self._model(**inputs).logits
         return logits
+
+    def observing(self, lengths: Sequence[int]) -> AbstractContextManager[Sums]:
+        """Have the hooks add up what goes into ``B``."""
+        return self._grams.during(lengths)
 
     def checkpoint(self) -> bool:
         """Have the model's layers computed again in the backward pass."""
@@ -134,6 +140,7 @@ class StackedLora:
                 return output
             x: Tensor = args[0]
             self._check_rows(module, x, len(next(iter(self._params.values()))))
+            self._grams.add(module, x, self._params, self._rows)
             output = _edited(output, x, self._params, module, self._scale)
             if self._masks is not None:
                 x = masked(x, self._masks, self._dropout, number)

@@ -69,7 +69,7 @@ class FedAsk:
             tall[module], wide[module] = (m, self._width(m, n)), (self._width(m, n), n)
         return [({}, tall), (tall, wide)]
 
-    def answer(self, phase: int, trained: Tensors, question: Tensors, seed: int) -> Tensors:
+    def answer(self, phase: int, trained: Tensors, given: Tensors, seed: int) -> Tensors:
         """Return ``B_k (A_k S)`` or ``(Q^T B_k) A_k`` of each module."""
         found = dict[str, np.ndarray]()
         for module in lowrank.modules(trained):
@@ -80,7 +80,7 @@ class FedAsk:
                 sketch = derive(seed, "sketch", module).standard_normal((a.shape[1], width))
                 made = b @ (a @ sketch)
             else:
-                made = (question[module].T.astype(np.float64) @ b) @ a
+                made = (given[module].T.astype(np.float64) @ b) @ a
             found[module] = made.astype(np.float32)
         return found
 
