@@ -82,7 +82,7 @@ LISTED: Mapping[str, list[str]] = {
     "aggregator": [
         *("mean", "ties", "ties(density=0.5, scope='tensor', space='dense')"),
         *("dare", "breadcrumbs", "model_stock"),
-        *("flexlora", "flexlora(rank_normalise=True, sigma_to='split')", "fedsvd"),
+        *("flexlora(rank_normalise=True, sigma_to='split', momentum=0.5)", "fedsvd"),
         *("hetlora(rank_normalise=True)", "lora_fair"),
     ],
     "optimizer": ["sgd", "sgd(lr=0.5, momentum=0.9)", "adam", "yogi", "adagrad"],
