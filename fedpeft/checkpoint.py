@@ -10,7 +10,7 @@ from typing import Any
 from fedpeft.errors import RunError
 from fedpeft.evaluation import Best
 from fedpeft.folds import Fold
-from fedpeft.rounds import ServerState
+from fedpeft.state import ServerState
 from fedpeft.tensor_file import read_tensor_file, write_tensor_file
 from fedpeft.tensors import prefixed, select
 from fedpeft.types import Tensors

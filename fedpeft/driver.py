@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedpeft.baselines import compare
+from fedpeft.broadcasts import messages
 from fedpeft.checkpoint import Checkpoint
 from fedpeft.engine._base import Engine, Stage
 from fedpeft.errors import RunError
@@ -24,10 +25,11 @@ from fedpeft.phases import Reply
 from fedpeft.plan import Plan
 from fedpeft.preflight import check
 from fedpeft.rng import derive
-from fedpeft.rounds import Report, ServerState, messages, server_round, start
+from fedpeft.rounds import Report, server_round
 from fedpeft.run_folder import RunFolder
 from fedpeft.site import Site, encode
 from fedpeft.spec import build
+from fedpeft.state import ServerState, start
 from fedpeft.traffic import Traffic
 from fedpeft.types import Metrics, Simulation, Tensors
 from fedpeft.wire import Message

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from fedpeft import folds, lowrank
+from fedpeft.broadcasts import header
 from fedpeft.evaluation import evaluated_clients
 from fedpeft.federation import Federation
 from fedpeft.models._outline import Outline
 from fedpeft.plan import Plan
 from fedpeft.preflight import check, check_texts
-from fedpeft.rounds import header, start
+from fedpeft.state import start
 from fedpeft.tables import Tables
 from fedpeft.tensors import size
 from fedpeft.types import Codec, Folding, Scalar, Shapes, Tensors

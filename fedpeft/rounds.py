@@ -1,6 +1,6 @@
 """The round at the server, as functions of packets and state. Everything else moves packets around.
 
-server   broadcast:     encode what travels down, one header per client
+server   messages:      encode what travels down, one header per client (``broadcasts.py``)
 client   client_round:  decode, train, subtract, encode (``client_rounds.py``)
 server   server_round:  decode and check each reply, aggregate, step
 """
@@ -14,46 +14,24 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedpeft.admission import admit, printable
+from fedpeft.broadcasts import as_decoded
 from fedpeft.errors import PlanError, RunError, WireError
-from fedpeft.folds import Fold
-from fedpeft.memory import NEVER
 from fedpeft.phases import Ask, Later, Reply, Sum, nobody
 from fedpeft.plan import Plan
-from fedpeft.rng import derive, derive_seed
+from fedpeft.state import ServerState
 from fedpeft.tables import Tables
-from fedpeft.tensors import is_finite, narrowed, padded, shapes_of
+from fedpeft.tensors import is_finite, padded, shapes_of
 from fedpeft.types import (
     Asking,
     Metrics,
     Population,
     Scalar,
     Sent,
-    Shapes,
     Step,
     Tensors,
     Update,
     Weights,
 )
-from fedpeft.wire import Body, Message, body
-
-
-@dataclass(frozen=True, slots=True)
-class ServerState:
-    """All the server remembers between rounds; ``round`` is the next one."""
-
-    params: Tensors
-    slots: Tensors
-    control: Tensors
-    acks: Mapping[str, int] = field(default_factory=dict)
-    round: int = 0
-    fold: Fold = field(default_factory=Fold)
-    kept: Tensors = field(default_factory=dict)
-    once: Tensors = field(default_factory=dict)
-
-    @property
-    def tensors(self) -> Tensors:
-        """The shared adapter and the edits of the base."""
-        return {**self.params, **self.once, **self.fold.tensors}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,89 +46,6 @@ class Report:
     up_bytes: int
     metrics: Metrics
     up_sizes: Mapping[str, int] = field(default_factory=dict)
-
-
-def start(plan: Plan, tables: Tables, initial: Tensors) -> ServerState:
-    """Return the state before round 0."""
-    params = {k: initial[k] for k in tables.down(0)["adapter"]}
-    slots, control = plan.optimizer.init(params), plan.correction.server_init(params)
-    fold = Fold.empty(tables.shapes) if tables.folds else Fold()
-    once = {name: initial[name] for name in tables.once}
-    return ServerState(params, slots, control, fold=fold, once=once)
-
-
-def messages(
-    plan: Plan,
-    tables: Tables,
-    state: ServerState,
-    run: str,
-    clients: Iterable[str],
-    *,
-    remote: bool = False,
-    training: bool = True,
-) -> Iterator[tuple[str, Message]]:
-    """Yield what each client of this round is sent; clients that are sent the same share a body.
-
-    It may be less where they are ``training`` than to use the adapter. Clients that are ``remote``
-    keep the edits of the base and what never changes, and are sent what they miss of these. To
-    others all of it is at hand: it costs nothing to pass it on, and only what they would have
-    missed is counted.
-    """
-    bodies: dict[tuple[Tables, Held | None], Body] = {}
-    for client in clients:
-        own = tables.of(client, state.round if training else None)
-        held = Held.of(state, client)
-        key = own, held if remote else None
-        if key not in bodies:
-            bodies[key] = broadcast(plan, own, state, key[1])
-        spared = 0 if remote else held.spared(state)
-        keep = remote and tables.keeps
-        yield client, bodies[key].seal(header(state, run, client, keep=keep), spared)
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What a client has of what it was sent before: ranks of edits, and what never changes."""
-
-    ranks: Sequence[int]
-    once: bool
-
-    @classmethod
-    def of(cls, state: ServerState, client: str) -> Held:
-        """Return what follows from the last round in which the client's reply was used."""
-        acknowledged = state.acks.get(client, NEVER)
-        return cls(state.fold.held(acknowledged), acknowledged != NEVER)
-
-    def spared(self, state: ServerState) -> int:
-        """Return the bytes that this need not be sent."""
-        once = sum(value.nbytes for value in state.once.values()) if self.once else 0
-        return state.fold.spared(self.ranks) + once
-
-
-def broadcast(plan: Plan, tables: Tables, state: ServerState, held: Held | None = None) -> Body:
-    """Encode what every client with these tables receives; ``seal`` it with :func:`header`.
-
-    ``held`` is what they have already; by default nothing.
-    """
-    expected = tables.down(state.round)
-    sections = {"adapter": _encoded(plan, expected["adapter"], state)}
-    if "control" in expected:
-        sections["control"] = plan.correction.broadcast(state.control)
-    if "fold" in expected:
-        sections["fold"] = state.fold.since(held.ranks if held else state.fold.held(NEVER))
-    if "once" in expected:
-        sections["once"] = {} if held and held.once else state.once
-    return body(sections, expected)
-
-
-def header(state: ServerState, run: str, client: str, *, keep: bool = False) -> dict[str, Scalar]:
-    """Return what only this client is told: the last round in which its reply was used.
-
-    ``keep`` has it remember the edits of the base that it is sent.
-    """
-    found: dict[str, Scalar] = {"run": run, "round": state.round}
-    found["ack"] = state.acks.get(client, NEVER)
-    return found | ({"keep": 1} if keep else {})
 
 
 def server_round(
@@ -169,7 +64,7 @@ def server_round(
     used counts as zero and is named in the report. ``ask`` brings the questions of later phases.
     """
     intake = _Intake(plan, tables, state, run, population, weights)
-    stream, sent = intake.updates(replies), _sent(plan, tables, state)
+    stream, sent = intake.updates(replies), as_decoded(plan, tables, state)
     step = plan.aggregator.reduce(stream, sent, weights)
     for _ in stream:  # an aggregator that stops early must not hide who replied
         pass
@@ -254,7 +149,7 @@ class _Intake:
         begun = own.begin(client, self._state.round)
         if own is self._tables and not begun:
             return None
-        self._sents[own] = self._sents.get(own) or _sent(self._plan, own, self._state)
+        self._sents[own] = self._sents.get(own) or as_decoded(self._plan, own, self._state)
         return replace(self._sents[own], moving={**self._sents[own].moving, **begun})
 
 
@@ -276,21 +171,6 @@ def _stepped(plan: Plan, tables: Tables, state: ServerState, step: Step) -> tupl
             "the trainer's"
         )
     return {**state.params, **moved}, slots
-
-
-def _encoded(plan: Plan, shapes: Shapes, state: ServerState) -> Tensors:
-    """Return the adapter, or the part of these shapes, as it goes down."""
-    shared = narrowed({k: state.params[k] for k in shapes}, shapes)
-    return plan.downlink.encode(shared, derive(plan.seed, state.round, "downlink"))
-
-
-def _sent(plan: Plan, tables: Tables, state: ServerState) -> Sent:
-    """Return the adapter as clients decode it: another one where the downlink loses."""
-    down, up = tables.down(state.round)["adapter"], tables.up(state.round)["adapter"]
-    received = plan.downlink.decode(_encoded(plan, down, state), down)
-    moving = {k: received[k] for k in up if k in received}
-    still = {k: v for k, v in received.items() if k not in up}
-    return Sent(moving, still, derive_seed(plan.seed, state.round, "aggregator"), state.kept)
 
 
 def _corrected(

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from fedpeft.broadcasts import messages
 from fedpeft.client_rounds import ALONE, Asked, Played, group_round
 from fedpeft.grouping import Grouping
 from fedpeft.learner import ModelLearner
 from fedpeft.memory import Memory
 from fedpeft.models._base import Base
 from fedpeft.plan import Plan
-from fedpeft.rounds import ServerState, messages, server_round, start
+from fedpeft.rounds import server_round
 from fedpeft.spec import build
+from fedpeft.state import ServerState, start
 from fedpeft.tables import Tables
 from fedpeft.types import Example, Fit, Job, Stacked, Tensors, Trainer, Weights
 from tests.architectures import SIDE, VOCABULARY, randomised

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedpeft.broadcasts import broadcast, header
 from fedpeft.client_rounds import client_round
 from fedpeft.memory import InProcess
 from fedpeft.plan import Plan
 from fedpeft.rng import derive
-from fedpeft.rounds import ServerState, broadcast, header, server_round, start
+from fedpeft.rounds import server_round
+from fedpeft.state import ServerState, start
 from fedpeft.tables import Tables
 from fedpeft.types import Batch, Example, Metrics, Stacked, Tensors
 

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from fedpeft import lowrank, simulate
 from fedpeft.adapters._align import aligned, rotation, softened
 from fedpeft.adapters.lora import Lora
+from fedpeft.broadcasts import broadcast, header
 from fedpeft.client_rounds import client_round
 from fedpeft.errors import PlanError, SpecError
 from fedpeft.lowrank import Product
 from fedpeft.memory import Memory
 from fedpeft.plan import Plan
-from fedpeft.rounds import ServerState, broadcast, header, start
 from fedpeft.spec import build, method
+from fedpeft.state import ServerState, start
 from fedpeft.tables import Tables
 from fedpeft.types import Correction, Fit, Job, Local, Tensors
 from fedpeft.wire import unpack

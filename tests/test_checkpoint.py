@@ -11,7 +11,7 @@ from fedpeft.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedpeft.errors import RunError
 from fedpeft.evaluation import Best
 from fedpeft.folds import Fold
-from fedpeft.rounds import ServerState
+from fedpeft.state import ServerState
 from fedpeft.types import Tensors
 
 DIGEST = "d" * 64

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fedpeft.adapters.lora import Lora
+from fedpeft.broadcasts import broadcast, header
 from fedpeft.driver import Quiet, Result, simulate
 from fedpeft.engine import _measure
 from fedpeft.engine._allocator import keep_freed_memory
@@ -27,10 +28,10 @@ from fedpeft.memory import InProcess
 from fedpeft.models._base import load_base
 from fedpeft.plan import Plan
 from fedpeft.preview import preview
-from fedpeft.rounds import broadcast, header, start
 from fedpeft.site import Site
 from fedpeft.spec import build, names
 from fedpeft.stacking import stack
+from fedpeft.state import start
 from tests.camp import Spy
 from tests.tiny import support_plan
 

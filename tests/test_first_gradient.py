@@ -14,6 +14,7 @@ import torch
 from fedpeft import Plan, lowrank, simulate
 from fedpeft.adapters import _frozen
 from fedpeft.adapters.core import Core
+from fedpeft.broadcasts import messages
 from fedpeft.client_rounds import client_round
 from fedpeft.driver import Quiet, input_digests
 from fedpeft.errors import DataError, PlanError, RunError, WireError
@@ -22,9 +23,9 @@ from fedpeft.federation import deal
 from fedpeft.first_gradient import gradients
 from fedpeft.memory import Memory
 from fedpeft.preview import preview
-from fedpeft.rounds import messages, start
 from fedpeft.site import Site
 from fedpeft.spec import build
+from fedpeft.state import start
 from tests.test_flower import FakeGrid, apart, config_of, serve
 from tests.tiny import support_files, support_plan, tiny_bert, tiny_llama
 

@@ -14,14 +14,16 @@ import torch
 from fedpeft import Plan, simulate
 from fedpeft.adapters._ranks import parse
 from fedpeft.admission import admit
+from fedpeft.broadcasts import messages
 from fedpeft.client_rounds import ALONE, client_round
 from fedpeft.driver import Line, Quiet
 from fedpeft.errors import PlanError, SpecError, WireError
 from fedpeft.learner import ModelLearner
 from fedpeft.preview import as_text, preview
-from fedpeft.rounds import messages, server_round, start
+from fedpeft.rounds import server_round
 from fedpeft.site import Site
 from fedpeft.spec import build, method
+from fedpeft.state import start
 from fedpeft.tables import Tables
 from fedpeft.tensors import narrowed, padded, shapes_of
 from fedpeft.types import Correction, Packet, Sent, Step, Tensors, Update, Weights

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from fedpeft import Plan, simulate
+from fedpeft.broadcasts import messages
 from fedpeft.client_rounds import ALONE, receive
 from fedpeft.data._batching import lengths_of, stream
 from fedpeft.engine._player import Player
@@ -28,7 +29,6 @@ from fedpeft.memory import InProcess, Memory
 from fedpeft.plan import _ADDED
 from fedpeft.preview import as_text, preview
 from fedpeft.rng import derive, derive_seed
-from fedpeft.rounds import messages
 from fedpeft.spec import build
 from fedpeft.stacking import stack
 from fedpeft.tables import Tables

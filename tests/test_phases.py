@@ -20,6 +20,7 @@ import client.app as client_app
 from fedpeft import Plan, lowrank, simulate
 from fedpeft.aggregators.fedask import FedAsk
 from fedpeft.aggregators.flexlora import FlexLora
+from fedpeft.broadcasts import messages
 from fedpeft.client_rounds import Asked, client_round, group_round
 from fedpeft.driver import Line, Quiet
 from fedpeft.errors import FedPeftError, PlanError, RunError, WireError
@@ -30,8 +31,9 @@ from fedpeft.models import _base
 from fedpeft.phases import Ask, Later, Reply, Sum
 from fedpeft.preview import preview
 from fedpeft.rng import derive
-from fedpeft.rounds import messages, server_round, start
+from fedpeft.rounds import server_round
 from fedpeft.site import Site
+from fedpeft.state import start
 from fedpeft.tables import Tables
 from fedpeft.tensor_file import read_tensor_file
 from fedpeft.tensors import select, shapes_of

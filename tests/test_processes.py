@@ -23,6 +23,7 @@ import torch
 import yaml
 
 from fedpeft import simulate
+from fedpeft.broadcasts import broadcast, header
 from fedpeft.driver import Line, Quiet, Result
 from fedpeft.engine._base import Engine, Stage
 from fedpeft.engine._block import Block
@@ -35,8 +36,8 @@ from fedpeft.federation import deal
 from fedpeft.grouping import Grouping
 from fedpeft.memory import InProcess
 from fedpeft.plan import Plan
-from fedpeft.rounds import broadcast, header, start
 from fedpeft.site import Site
+from fedpeft.state import start
 from fedpeft.types import Tensors
 from fedpeft.wire import Body, Message
 from tests.tiny import support_lines, support_plan

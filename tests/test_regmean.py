@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fedpeft import Plan, simulate
 from fedpeft.aggregators.regmean import RegMean
+from fedpeft.broadcasts import messages
 from fedpeft.client_rounds import Asked, client_round, group_round
 from fedpeft.driver import Line, Quiet
 from fedpeft.errors import PlanError, WireError
@@ -25,10 +26,11 @@ from fedpeft.memory import Memory
 from fedpeft.models._base import Base
 from fedpeft.preview import preview
 from fedpeft.rng import derive
-from fedpeft.rounds import messages, server_round, start
+from fedpeft.rounds import server_round
 from fedpeft.site import Site
 from fedpeft.spec import build
 from fedpeft.stacking import stack
+from fedpeft.state import start
 from fedpeft.tables import Tables, limit
 from fedpeft.types import Example, Sent, Tensors, Weights
 from fedpeft.wire import unpack

@@ -17,15 +17,17 @@ import torch
 import client.app as client_app
 from fedpeft import Plan, lowrank, simulate
 from fedpeft.adapters._ranks import parse
+from fedpeft.broadcasts import messages
 from fedpeft.client_rounds import client_round
 from fedpeft.errors import PlanError, SpecError
 from fedpeft.federation import deal
 from fedpeft.memory import InProcess
 from fedpeft.models import _base
 from fedpeft.preview import preview
-from fedpeft.rounds import Report, ServerState, messages, server_round, start
+from fedpeft.rounds import Report, server_round
 from fedpeft.site import Site
 from fedpeft.spec import build
+from fedpeft.state import ServerState, start
 from fedpeft.tables import Tables
 from fedpeft.tensors import narrowed
 from fedpeft.types import Tensors

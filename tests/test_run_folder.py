@@ -13,8 +13,8 @@ import yaml
 from fedpeft.checkpoint import Checkpoint
 from fedpeft.errors import RunError
 from fedpeft.plan import Plan
-from fedpeft.rounds import ServerState
 from fedpeft.run_folder import RunFolder
+from fedpeft.state import ServerState
 
 LINES = {
     "model": "nowhere",

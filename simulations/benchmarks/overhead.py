@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from fedpeft.broadcasts import broadcast, header
 from fedpeft.client_rounds import client_round
 from fedpeft.memory import Memory
 from fedpeft.plan import Plan
-from fedpeft.rounds import broadcast, header, server_round, start
+from fedpeft.rounds import server_round
 from fedpeft.spec import method
+from fedpeft.state import start
 from fedpeft.tables import Tables
 from fedpeft.types import Example, Fit, Job, Learner, Shapes, Tensors, Trainer
 from fedpeft.wire import Message

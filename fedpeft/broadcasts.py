@@ -1,0 +1,104 @@
+"""What goes down to the clients of a round, and what they make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from fedpeft.memory import NEVER
+from fedpeft.plan import Plan
+from fedpeft.rng import derive, derive_seed
+from fedpeft.state import ServerState
+from fedpeft.tables import Tables
+from fedpeft.tensors import narrowed
+from fedpeft.types import Scalar, Sent, Shapes, Tensors
+from fedpeft.wire import Body, Message, body
+
+
+def messages(
+    plan: Plan,
+    tables: Tables,
+    state: ServerState,
+    run: str,
+    clients: Iterable[str],
+    *,
+    remote: bool = False,
+    training: bool = True,
+) -> Iterator[tuple[str, Message]]:
+    """Yield what each client of this round is sent; clients that are sent the same share a body.
+
+    It may be less where they are ``training`` than to use the adapter. Clients that are ``remote``
+    keep the edits of the base and what never changes, and are sent what they miss of these. To
+    others all of it is at hand: it costs nothing to pass it on, and only what they would have
+    missed is counted.
+    """
+    bodies: dict[tuple[Tables, Held | None], Body] = {}
+    for client in clients:
+        own = tables.of(client, state.round if training else None)
+        held = Held.of(state, client)
+        key = own, held if remote else None
+        if key not in bodies:
+            bodies[key] = broadcast(plan, own, state, key[1])
+        spared = 0 if remote else held.spared(state)
+        keep = remote and tables.keeps
+        yield client, bodies[key].seal(header(state, run, client, keep=keep), spared)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a client has of what it was sent before: ranks of edits, and what never changes."""
+
+    ranks: Sequence[int]
+    once: bool
+
+    @classmethod
+    def of(cls, state: ServerState, client: str) -> Held:
+        """Return what follows from the last round in which the client's reply was used."""
+        acknowledged = state.acks.get(client, NEVER)
+        return cls(state.fold.held(acknowledged), acknowledged != NEVER)
+
+    def spared(self, state: ServerState) -> int:
+        """Return the bytes that this need not be sent."""
+        once = sum(value.nbytes for value in state.once.values()) if self.once else 0
+        return state.fold.spared(self.ranks) + once
+
+
+def broadcast(plan: Plan, tables: Tables, state: ServerState, held: Held | None = None) -> Body:
+    """Encode what every client with these tables receives; ``seal`` it with :func:`header`.
+
+    ``held`` is what they have already; by default nothing.
+    """
+    expected = tables.down(state.round)
+    sections = {"adapter": _encoded(plan, expected["adapter"], state)}
+    if "control" in expected:
+        sections["control"] = plan.correction.broadcast(state.control)
+    if "fold" in expected:
+        sections["fold"] = state.fold.since(held.ranks if held else state.fold.held(NEVER))
+    if "once" in expected:
+        sections["once"] = {} if held and held.once else state.once
+    return body(sections, expected)
+
+
+def header(state: ServerState, run: str, client: str, *, keep: bool = False) -> dict[str, Scalar]:
+    """Return what only this client is told: the last round in which its reply was used.
+
+    ``keep`` has it remember the edits of the base that it is sent.
+    """
+    found: dict[str, Scalar] = {"run": run, "round": state.round}
+    found["ack"] = state.acks.get(client, NEVER)
+    return found | ({"keep": 1} if keep else {})
+
+
+def _encoded(plan: Plan, shapes: Shapes, state: ServerState) -> Tensors:
+    """Return the adapter, or the part of these shapes, as it goes down."""
+    shared = narrowed({k: state.params[k] for k in shapes}, shapes)
+    return plan.downlink.encode(shared, derive(plan.seed, state.round, "downlink"))
+
+
+def as_decoded(plan: Plan, tables: Tables, state: ServerState) -> Sent:
+    """Return the adapter as clients decode it: another one where the downlink loses."""
+    down, up = tables.down(state.round)["adapter"], tables.up(state.round)["adapter"]
+    received = plan.downlink.decode(_encoded(plan, down, state), down)
+    moving = {k: received[k] for k in up if k in received}
+    still = {k: v for k, v in received.items() if k not in up}
+    return Sent(moving, still, derive_seed(plan.seed, state.round, "aggregator"), state.kept)

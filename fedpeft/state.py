@@ -1,0 +1,39 @@
+"""What the server remembers between rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedpeft.folds import Fold
+from fedpeft.plan import Plan
+from fedpeft.tables import Tables
+from fedpeft.types import Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """All the server remembers between rounds; ``round`` is the next one."""
+
+    params: Tensors
+    slots: Tensors
+    control: Tensors
+    acks: Mapping[str, int] = field(default_factory=dict)
+    round: int = 0
+    fold: Fold = field(default_factory=Fold)
+    kept: Tensors = field(default_factory=dict)
+    once: Tensors = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> Tensors:
+        """The shared adapter and the edits of the base."""
+        return {**self.params, **self.once, **self.fold.tensors}
+
+
+def start(plan: Plan, tables: Tables, initial: Tensors) -> ServerState:
+    """Return the state before round 0."""
+    params = {k: initial[k] for k in tables.down(0)["adapter"]}
+    slots, control = plan.optimizer.init(params), plan.correction.server_init(params)
+    fold = Fold.empty(tables.shapes) if tables.folds else Fold()
+    once = {name: initial[name] for name in tables.once}
+    return ServerState(params, slots, control, fold=fold, once=once)
