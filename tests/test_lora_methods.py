@@ -193,7 +193,7 @@ def test_a_method_that_the_package_lacks_is_missing(
     assert made(store, Piece("flora", 3)) == []
     text = _report.write(store)
     assert "| flora | **missing**: the package has no preset no_such_preset |" in text
-    assert "flora_3: the package has no preset no_such_preset; fedit_3: rate" in text
+    assert "flora_3: the package has no preset no_such_preset; fedit_3: not run" in text
 
 
 def test_the_report_says_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_the_report_says_what_is_there_and_what_is_missing(tmp_path: Path) -> No
     assert personal.startswith("| fedsa_lora \\* |")
     rolora = next(r for r in three if r.startswith("| rolora"))
     assert rolora.endswith("| 2, **missing**: seed 2 |")
-    assert sum("**missing**: rate" in r for r in rows) > 20
+    assert sum("**missing**: not run" in r for r in rows) > 20
     contrast = next(r for r in rows if r.startswith("| 3 | rolora | fedit |"))
     assert "+0.0 | +0.0 to +0.0 | 2 of 5 seeds; **missing**: rolora_3: seed 2" in contrast
     plot = (tmp_path / "accuracy.svg").read_bytes()

@@ -108,6 +108,11 @@ class Store:
         runs = [r for r in self.runs(piece) if r["lr"] == rate and "metrics" in r]
         return {r["seed"]: r for r in runs}
 
+    def scored(self, piece: Piece) -> list[Run]:
+        """Return the runs at the best rate under the table's seeds."""
+        best = self.best(piece)
+        return [best[seed] for seed in self.scale.seeds if seed in best]
+
     def next(self, piece: Piece) -> tuple[float, int] | None:
         """Return rate and seed of the next run that is missing, if any."""
         if not _plans.available(piece.method):
@@ -162,7 +167,10 @@ def missing(store: Store, wanted: Sequence[Piece]) -> dict[str, str]:
         if not _plans.available(piece.method):
             found[piece.name] = f"the package has no preset {KNOWN[piece.method].preset}"
             continue
-        tried = {r["lr"] for r in store.runs(piece) if r["seed"] == store.scale.seeds[0]}
+        if not (runs := store.runs(piece)):
+            found[piece.name] = "not run"
+            continue
+        tried = {r["lr"] for r in runs if r["seed"] == store.scale.seeds[0]}
         rates = [f"rate {lr:g}" for lr in store.scale.rates if lr not in tried]
         seeds = [f"seed {s}" for s in store.seeds(piece) if s not in store.best(piece)]
         if rates or seeds:

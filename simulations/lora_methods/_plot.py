@@ -9,8 +9,12 @@ from typing import Any
 from simulations.lora_methods._pieces import Piece, Store
 from simulations.lora_methods._plans import CENTRAL, CLIENTS, METHODS
 
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"
-"""Okabe and Ito's colours; shapes tell the same."""
+GREY = "#666666"
+KINDS = {
+    "test": ("o", "#0072b2", "test rows"),
+    "held": ("D", "#d55e00", "personalised: clients' held-out records"),
+}
+"""Shape, colour (Okabe and Ito's) and name of what is scored."""
 
 
 def draw(store: Store, path: Path) -> None:
@@ -28,7 +32,7 @@ def draw(store: Store, path: Path) -> None:
         for axes, clients in zip(panels, CLIENTS, strict=True):
             _panel(axes, store, clients)
         panels[0].set_yticks(range(len(METHODS)), [m.name for m in METHODS])
-        panels[0].invert_yaxis()
+        panels[0].set_ylim(len(METHODS) - 0.5, -0.5)
         handles, labels = panels[0].get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
@@ -38,35 +42,25 @@ def draw(store: Store, path: Path) -> None:
 
 def _panel(axes: Any, store: Store, clients: int) -> None:
     """Draw the points of one number of clients."""
-    axes.set(title=f"{clients} clients", xlabel="accuracy (%), mean and range over seeds")
-    axes.grid(axis="x", alpha=0.3)
-    test, held = list[tuple[float, int]](), list[tuple[float, int]]()
-    majority = None
+    title = f"{clients} clients"
+    points: dict[str, list[tuple[float, int]]] = {"test": [], "held": []}
     for place, method in enumerate(METHODS):
-        runs = list(store.best(Piece(method.name, clients)).values())
+        runs = store.scored(Piece(method.name, clients))
         if not runs:
-            axes.text(0.02, place, "missing", color=GREY, va="center", style="italic",
-                      transform=axes.get_yaxis_transform())  # fmt: skip
+            across = axes.get_yaxis_transform()
+            axes.text(0.02, place, "missing", color=GREY, va="center", transform=across)
             continue
-        majority = runs[0]["majority"]["test"]
-        name, points = ("held", held) if runs[0]["personalised"] else ("test", test)
+        title = f"{clients} clients (majority class: {100 * runs[0]['majority']['test']:.0f} %)"
+        name = "held" if runs[0]["personalised"] else "test"
         values = [100 * run["metrics"][f"{name}/accuracy"] for run in runs]
-        colour = ORANGE if points is held else BLUE
-        axes.plot([min(values), max(values)], [place, place], color=colour, linewidth=2, alpha=0.5)
-        points.append((statistics.fmean(values), place))
-    kinds = (
-        (test, "o", BLUE, "test rows"),
-        (held, "D", ORANGE, "personalised: clients' held-out records"),
-    )
-    for points, marker, colour, label in kinds:
-        axes.plot(*zip(*points, strict=True) if points else ([], []), marker, color=colour,
-                  label=label)  # fmt: skip
-    central = list(store.best(Piece(CENTRAL, clients)).values())
-    lines = (
-        (statistics.fmean(r["metrics"]["test/accuracy"] for r in central) if central else None,
-         "--", "centralised"),
-        (majority, ":", "majority class"),
-    )  # fmt: skip
-    for value, style, label in lines:
-        if value is not None:
-            axes.axvline(100 * value, color=GREY, linestyle=style, linewidth=1, label=label)
+        ends = [min(values), max(values)]
+        axes.plot(ends, [place, place], color=KINDS[name][1], linewidth=2, alpha=0.5)
+        points[name].append((statistics.fmean(values), place))
+    for name, (marker, colour, label) in KINDS.items():
+        at = zip(*points[name], strict=True) if points[name] else ([], [])
+        axes.plot(*at, marker, color=colour, label=label)
+    if central := store.scored(Piece(CENTRAL, clients)):
+        value = statistics.fmean(100 * run["metrics"]["test/accuracy"] for run in central)
+        axes.axvline(value, color=GREY, linestyle="--", linewidth=1, label="centralised")
+    axes.set(title=title, xlabel="accuracy (%), mean and range over seeds")
+    axes.grid(axis="x", alpha=0.3)

@@ -11,7 +11,6 @@ from simulations.lora_methods import _pieces, _plans, _plot
 from simulations.lora_methods._interval import paired
 from simulations.lora_methods._pieces import CONTRASTS, Contrast, Piece, Store
 from simulations.lora_methods._plans import CENTRAL, CLIENTS, METHODS
-from simulations.lora_methods._runs import Run
 
 _NOTES = """\
 Accuracy in %, mean over seeds ± their standard deviation. `test`: the same {rows} test rows in
@@ -65,7 +64,7 @@ def _text(store: Store) -> Iterator[str]:
 
 def _references(store: Store, clients: int) -> Iterator[str]:
     """Yield the rows of the majority class and of the adapter trained on all records."""
-    found = [_scored(store, Piece(m.name, clients)) for m in METHODS]
+    found = [store.scored(Piece(m.name, clients)) for m in METHODS]
     by_seed = {run["seed"]: run["majority"] for runs in found for run in runs}
     test, held = (_spread([100 * m[k] for m in by_seed.values()]) for k in ("test", "held"))
     yield f"| majority class | | {test} | {held} | | | | {len(by_seed)} |"
@@ -74,7 +73,7 @@ def _references(store: Store, clients: int) -> Iterator[str]:
 
 def _row(store: Store, piece: Piece, label: str, travels: bool = True) -> str:
     lacks = _pieces.missing(store, [piece]).get(piece.name, "")
-    runs = _scored(store, piece)
+    runs = store.scored(piece)
     if not runs:
         return f"| {label} | **missing**: {lacks} | | | | | | 0 |"
     label += " \\*" if any(run["personalised"] for run in runs) else ""
@@ -111,12 +110,6 @@ def _contrast_row(store: Store, contrast: Contrast, clients: int) -> str:
     if lacks:
         told = f"{len(shared)} of {len(store.scale.more_seeds)} seeds; **missing**: {lacks}"
     return f"{head} {interval.mean:+.1f} | {ends} | {told} |"
-
-
-def _scored(store: Store, piece: Piece) -> list[Run]:
-    """Return the runs at the best rate of the table's seeds."""
-    best = store.best(piece)
-    return [best[seed] for seed in store.scale.seeds if seed in best]
 
 
 def _spread(values: Sequence[float]) -> str:
