@@ -1,0 +1,339 @@
+"""``simulations/lora_methods``: its plans, what is kept of runs, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedpeft import simulate
+from fedpeft.errors import DataError, PlanError, RunError
+from fedpeft.federation import Federation, deal
+from fedpeft.preflight import check
+from fedpeft.spec import build
+from fedpeft.types import Splits
+from simulations.lora_methods import __main__ as command
+from simulations.lora_methods import _interval, _pieces, _plans, _report, _runs
+from simulations.lora_methods._data import AgNews
+from simulations.lora_methods._pieces import Piece, Store
+from simulations.lora_methods._plans import CENTRAL, CLIENTS, KNOWN, METHODS, RATES
+from tests.tiny import support_plan
+
+AVAILABLE = [name for name in (CENTRAL, *KNOWN) if _plans.available(name)]
+FEDIT = Piece("fedit", 50)
+
+
+@pytest.mark.parametrize("clients", CLIENTS)
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_every_plan_passes_the_preflight(
+    name: str, clients: int, shared: Callable[[str], Path]
+) -> None:
+    shared("cls/ag_news.train.jsonl.gz")
+    plan = _plans.plan_of(_plans.lines(name, clients), 0.01, 1)
+    found = check(plan)
+    modules = {k.rpartition(".lora_")[0] for k in found.shapes if ".lora_" in k}
+    assert len(modules) == 12, "query and value of six layers"
+    ranks = {shape[0] for k, shape in found.shapes.items() if k.endswith("lora_A.weight")}
+    assert ranks == {plan.adapter.r * getattr(plan.adapter, "heads", 1)}  # type: ignore[attr-defined]
+    assert ranks == {4} or KNOWN[name].keeps
+    assert len(found.federation.splits.test or ()) == 2000
+    assert len(found.federation.train) == (1 if name == CENTRAL else clients)
+    assert plan.trainer.lr == 0.01  # type: ignore[attr-defined]
+    assert plan.adapter.head in ("average", "local")  # type: ignore[attr-defined]
+    assert not getattr(plan.adapter, "dropout", 0.0)
+
+
+def test_only_the_presets_lines_differ() -> None:
+    fedit, other = _plans.lines("fedit", 3), _plans.lines("lora_fair", 3)
+    differ = {k for k in fedit if fedit[k] != other[k]}
+    assert differ == {"adapter", "aggregator"}
+    assert fedit["trainer"] == (
+        "plain(optimizer='adamw', lr=LR, steps=2, batch=8, schedule='linear', final=0.05)"
+    )
+
+
+def test_what_names_a_run_is_pinned() -> None:
+    """A change here makes every committed result one of other settings."""
+    assert _plans.lines("ffa_lora", 50) == {
+        "model": "minilm",
+        "precision": "bfloat16",
+        "task": "classify(max_length=48)",
+        "data": "simulations.lora_methods._data:AgNews(test_rows=2000)",
+        "partition": "dirichlet(alpha=0.1)",
+        "clients": 50,
+        "cohort": "uniform(size=10)",
+        "rounds": 40,
+        "eval_every": 40,
+        "evaluate": "clients,test",
+        "trainer": "plain(optimizer='adamw', lr=LR, steps=2, batch=8, "
+        "schedule='linear', final=0.05)",
+        "adapter": "lora(r=4, alpha=8.0, targets='attention', train='B', init='kaiming')",
+        "correction": "none",
+        "weighting": "examples",
+        "aggregator": "mean",
+        "optimizer": "sgd",
+    }
+
+
+def test_committed_results_are_those_of_the_present_settings() -> None:
+    store = Store(_pieces.RESULTS)
+    names = {piece.name for piece in _pieces.pieces()}
+    for path in _pieces.RESULTS.glob("*.json"):
+        assert path.stem in names
+        piece = _pieces.named(path.stem)
+        runs = store.runs(piece)
+        assert len({(r["lr"], r["seed"]) for r in runs}) == len(runs) > 0
+
+
+def test_a_head_that_a_preset_freezes_is_averaged() -> None:
+    adapter = build("adapters", _plans.lines("fedsvd", 3)["adapter"])
+    assert (adapter.head, adapter.train, adapter.send) == ("average", "B", "both")
+
+
+def test_the_centralised_adapter_sees_as_many_records() -> None:
+    assert "records=6400, batch=8" in _plans.lines(CENTRAL, 50)["trainer"]
+    assert "records=1920, batch=8" in _plans.lines(CENTRAL, 3)["trainer"]
+
+
+def test_the_test_rows_are_drawn_once(shared: Callable[[str], Path]) -> None:
+    shared("cls/ag_news.test.jsonl.gz")
+    small, same = AgNews(test_rows=30).load(), AgNews(test_rows=30).load()
+    every = AgNews(test_rows=7600).load()
+    assert list(small.test or ()) == list(same.test or ())
+    places = [list(every.test or ()).index(row) for row in small.test or ()]
+    assert places == sorted(set(places))
+    assert len(small.train) == len(every.train) == 13654
+    assert len({small.fingerprint, every.fingerprint}) == 2
+    with pytest.raises(DataError, match="test_rows=7601: there are 7600"):
+        AgNews(test_rows=7601).load()
+
+
+def fake(given: Mapping[str, Any], lr: float, seed: int) -> _runs.Run:
+    """A run whose held-out accuracy is best at the middle rate, and test accuracy at the last."""
+    held = 0.8 - abs(math.log(lr / RATES[1])) / 100
+    scores = {"held/accuracy": held, "held/loss": 1.0, "test/accuracy": 0.5 + lr + seed / 100}
+    run = {"lr": lr, "seed": seed, "metrics": scores, "majority": {"held": 0.6, "test": 0.26}}
+    traffic = {"up_bytes": 2_000_000, "down_bytes": 3_000_000, "server_cpu_s": 0.012}
+    return {**run, **traffic, "personalised": "local" in given["adapter"]}
+
+
+def made(store: Store, piece: Piece, play: Callable[..., _runs.Run] = fake) -> list[_runs.Run]:
+    return list(_pieces.advance(store, piece, play, lambda: True))
+
+
+def test_a_piece_tries_rates_then_runs_the_best_on_all_seeds(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    found = [(run["lr"], run["seed"]) for run in made(store, FEDIT)]
+    assert found == [*((lr, 0) for lr in RATES), (RATES[1], 1), (RATES[1], 2)]
+    assert made(store, FEDIT) == []
+    more = made(store, Piece("fedit", 50, contrast=True))
+    assert [(run["lr"], run["seed"]) for run in more] == [(RATES[1], 3), (RATES[1], 4)]
+    held = json.loads((tmp_path / "fedit_50.json").read_text())
+    assert held["settings"] == _plans.lines("fedit", 50)
+    assert len(held["runs"]) == 7
+
+
+def test_an_interrupted_piece_loses_the_run_under_way_only(tmp_path: Path) -> None:
+    store, played = Store(tmp_path), list[tuple[float, int]]()
+
+    def stopped(given: Mapping[str, Any], lr: float, seed: int) -> _runs.Run:
+        played.append((lr, seed))
+        if len(played) == 3:
+            raise KeyboardInterrupt
+        return fake(given, lr, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        made(store, FEDIT, stopped)
+    assert [r["lr"] for r in store.runs(FEDIT)] == [*RATES[:2]]
+    assert _pieces.missing(store, [FEDIT]) == {"fedit_50": f"rate {RATES[2]:g}"}
+    made(store, FEDIT, stopped)
+    assert played[2:4] == [(RATES[2], 0)] * 2
+    assert len(set(played)) == len(played) - 1 == 5
+
+
+def test_no_run_starts_once_time_is_up(tmp_path: Path) -> None:
+    left = iter([True, True, False])
+    runs = list(_pieces.advance(Store(tmp_path), FEDIT, fake, lambda: next(left)))
+    assert len(runs) == 2
+
+
+def test_training_that_does_not_stay_finite_is_no_candidate(tmp_path: Path) -> None:
+    def broken(given: Mapping[str, Any], lr: float, seed: int) -> _runs.Run:
+        bad = {"lr": lr, "seed": seed, "problem": "not finite"}
+        return bad if lr == RATES[1] else fake(given, lr, seed)
+
+    store = Store(tmp_path)
+    found = made(store, FEDIT, broken)
+    assert len(found) == 5
+    assert store.rate(FEDIT) == RATES[2], "nearer to the middle than the first"
+    assert sorted(store.best(FEDIT)) == [0, 1, 2]
+
+
+def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    made(store, FEDIT)
+    path = tmp_path / "fedit_50.json"
+    path.write_text(path.read_text().replace("classify(max_length=48)", "classify(max_length=64)"))
+    with pytest.raises(RunError, match="made with another task than now"):
+        store.runs(FEDIT)
+
+
+def test_a_method_that_the_package_lacks_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = _plans.Method("flora", "no_such_preset")
+    monkeypatch.setattr(_plans, "KNOWN", {**KNOWN, "flora": lacking})
+    monkeypatch.setattr(_pieces, "KNOWN", {**KNOWN, "flora": lacking})
+    store = Store(tmp_path)
+    assert made(store, Piece("flora", 3)) == []
+    text = _report.write(store)
+    assert "| flora | **missing**: the package has no preset no_such_preset |" in text
+    assert "flora_3: the package has no preset no_such_preset; fedit_3: not run" in text
+
+
+def test_the_report_says_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    made(store, Piece("fedit", 3, contrast=True))
+    made(store, Piece("fedsa_lora", 3))
+    list(_pieces.advance(store, Piece("rolora", 3), fake, iter([True] * 4 + [False]).__next__))
+    text = _report.write(store)
+    assert text == (tmp_path / "table.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    three = rows[rows.index(next(r for r in rows if "| 26.0 ± 0.0 |" in r)) :]
+    assert "| fedit | 0.01 | 52.0 ± 1.0 | 80.0 ± 0.0 | 2.00 | 3.00 | 12.0 | 3 |" in three
+    personal = next(r for r in three if r.startswith("| fedsa_lora "))
+    assert personal.startswith("| fedsa_lora \\* |")
+    rolora = next(r for r in three if r.startswith("| rolora"))
+    assert rolora.endswith("| 2, **missing**: seed 2 |")
+    assert sum("**missing**: not run" in r for r in rows) > 20
+    contrast = next(r for r in rows if r.startswith("| 3 | rolora | fedit |"))
+    assert "+0.0 | +0.0 to +0.0 | 2 of 5 seeds; **missing**: rolora_3: seed 2" in contrast
+    plot = (tmp_path / "accuracy.svg").read_bytes()
+    _report.write(store)
+    assert (tmp_path / "accuracy.svg").read_bytes() == plot
+
+
+def test_a_contrast_is_paired_by_seed(tmp_path: Path) -> None:
+    def better(given: Mapping[str, Any], lr: float, seed: int) -> _runs.Run:
+        run = fake(given, lr, seed)
+        run["metrics"]["test/accuracy"] += 0.02 + 0.001 * (seed - 2)
+        return run
+
+    store = Store(tmp_path)
+    made(store, Piece("fedit", 50, contrast=True))
+    made(store, Piece("rolora", 50, contrast=True), better)
+    made(store, Piece("ffa_lora", 50, contrast=True))
+    text = _report.write(store)
+    # differences 1.8 ... 2.2: deviation 0.158, so +- 2.776 x 0.158 / sqrt(5) = 0.196
+    assert "| +2.0 | +1.8 to +2.2 | higher |" in text
+    assert "| +0.0 | +0.0 to +0.0 | no difference |" in text
+
+
+@pytest.mark.parametrize(
+    ("degrees", "wanted"), [(1, 12.706205), (2, 4.302653), (4, 2.776445), (30, 2.042272)]
+)
+def test_quantiles_are_those_of_tables(degrees: int, wanted: float) -> None:
+    assert _interval.quantile(0.95, degrees) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_intervals_agree_with_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    for count in range(2, 12):
+        for level in (0.5, 0.95, 0.999):
+            left, right = rng.normal(0.3, 1, count), rng.normal(0, 1, count)
+            wanted = stats.ttest_rel(left, right).confidence_interval(level)
+            found = _interval.paired(list(left - right), level)
+            assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
+            assert found.mean == pytest.approx((left - right).mean())
+
+
+def test_verdicts() -> None:
+    assert _interval.Interval(1.0, -0.1, 2.1).verdict == "no difference"
+    assert _interval.Interval(1.0, 0.1, 1.9).verdict == "higher"
+    assert _interval.Interval(-1.0, -1.9, -0.1).verdict == "lower"
+    with pytest.raises(ValueError, match="1 paired differences"):
+        _interval.paired([0.3])
+
+
+def test_held_out_records_are_pooled_over_clients() -> None:
+    splits = Splits(train=[{}] * 10, test=[], fingerprint="")
+    held = {"a": np.arange(1), "b": np.arange(1, 4)}
+    federation = Federation(splits, (), {"a": np.arange(4, 6), "b": np.arange(6, 10)}, held)
+    per_client = {"a": {"accuracy": 1.0, "loss": 2.0}, "b": {"accuracy": 1 / 3, "loss": 0.4}}
+    last = {"round": 3, "test/accuracy": 0.5, "per_client": per_client, "up_bytes": 7}
+    found = _runs.metrics(last, federation)
+    assert found == {"held/accuracy": 0.5, "held/loss": 0.8, "test/accuracy": 0.5}
+
+
+def test_the_majority_of_a_client_is_what_it_trains_on(bert: Path) -> None:
+    plan = support_plan(bert)
+    dealt = deal(plan)
+    labels = [str(label) for label in plan.task.labels(dealt.splits.train) or []]
+    right = sum(
+        labels[i] == max(sorted(own := [labels[j] for j in dealt.train[c]]), key=own.count)
+        for c in dealt.held
+        for i in dealt.held[c]
+    )
+    total = sum(map(len, dealt.held.values()))
+    found = _runs.majority(plan, dealt)
+    tests = [str(label) for label in plan.task.labels(dealt.splits.test or []) or []]
+    assert found["test"] == round(max(map(tests.count, tests)) / len(tests), 6)
+    assert found["held"] == pytest.approx(right / total, abs=0.11)  # ties may go either way
+
+
+def test_the_clock_changes_nothing(bert: Path) -> None:
+    plan = support_plan(bert, rounds=3)
+    clock = _runs.Clock(build("engine", "inline(group=2)"))
+    timed = simulate(plan, engine=clock, watch=clock)
+    plain = simulate(plan, engine="inline(group=2)")
+    for name, value in plain.tensors.items():
+        np.testing.assert_array_equal(timed.tensors[name], value)
+    seconds = sum(line["seconds"] for line in timed.history)
+    assert 0 < (clock.per_round() or 0) < seconds
+
+
+def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made(Store(tmp_path), FEDIT)
+    assert command.main(["--list", "--results", str(tmp_path), "--piece", "fedit_50"]) == 0
+    assert "fedit_50: 5 runs, best rate 0.01; missing: seed 3, seed 4" in capsys.readouterr().out
+    assert command.main(["--list", "--results", str(tmp_path), "--piece", "fedit_51"]) == 2
+    assert "there is no piece 'fedit_51'; there is fedit_50" in capsys.readouterr().err
+
+
+def test_a_method_that_does_not_fit_does_not_cost_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(given: Mapping[str, Any], lr: float, seed: int) -> _runs.Run:
+        if "train='B'" in given["adapter"]:
+            raise PlanError("aggregator: does not fit")
+        return fake(given, lr, seed)
+
+    monkeypatch.setattr(command, "_play", refuse)
+    pieces = ["--piece", "ffa_lora_3", "--piece", "fedit_3", "--results", str(tmp_path)]
+    assert command.main(pieces) == 1
+    assert "ffa_lora_3: aggregator: does not fit" in capsys.readouterr().err
+    assert len(Store(tmp_path).runs(Piece("fedit", 3))) == 7
+
+
+def test_methods_are_pieces_of_both_sizes() -> None:
+    names = [piece.name for piece in _pieces.pieces() if not piece.contrast]
+    assert len(names) == len(set(names))
+    assert {f"{m.name}_{n}" for m in METHODS for n in CLIENTS} < set(names)
+    known = {*KNOWN}
+    assert {side for c in _pieces.CONTRASTS for side in (c.left, c.right)} <= known
+
+
+@pytest.mark.slow
+def test_the_quick_grid_runs(
+    shared: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared("cls/ag_news.train.jsonl.gz")
+    assert command.main(["--quick"]) == 0
+    table = capsys.readouterr().out
+    assert table.count("| 2 |") == 3, "two methods and the majority class, over two seeds"
