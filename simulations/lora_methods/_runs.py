@@ -124,7 +124,7 @@ class _Clocked:
     """See ``engine._base.Engine``."""
 
     def __init__(self, engine: Engine, clock: Clock) -> None:
-        self._engine, self._clock = engine, clock
+        self._engine, self._clock, self.remote = engine, clock, engine.remote
 
     def population(self) -> Population:
         """Return every client with its training records."""
