@@ -260,7 +260,7 @@ def test_parts_of_a_family_and_all_about_one(fedpeft: Run) -> None:
     assert "flexlora     FlexLoRA: " in listed
     assert "2402.11505" in listed
     told = fedpeft("parts", "aggregators", "flexlora")[1]
-    assert told.startswith("flexlora(sigma_to='B', rank_normalise=False)")
+    assert told.startswith("flexlora(sigma_to='B', rank_normalise=False, momentum=0.0, ")
     assert "cut to the adapter's rank" in told
     assert "did you mean 'flexlora'" in fedpeft("parts", "aggregators", "flexlra")[2]
     assert all(fedpeft("parts", family)[0] == 0 for family in families())
