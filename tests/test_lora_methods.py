@@ -212,7 +212,7 @@ def test_the_report_says_what_is_there_and_what_is_missing(tmp_path: Path) -> No
     assert rolora.endswith("| 2, **missing**: seed 2 |")
     assert sum("**missing**: not run" in r for r in rows) > 20
     contrast = next(r for r in rows if r.startswith("| 3 | rolora | fedit |"))
-    assert "+0.0 | +0.0 to +0.0 | 2 of 5 seeds; **missing**: rolora_3: seed 2" in contrast
+    assert "+0.00 | +0.00 to +0.00 | 2 of 5 seeds; **missing**: rolora_3: seed 2" in contrast
     plot = (tmp_path / "accuracy.svg").read_bytes()
     _report.write(store)
     assert (tmp_path / "accuracy.svg").read_bytes() == plot
@@ -230,8 +230,8 @@ def test_a_contrast_is_paired_by_seed(tmp_path: Path) -> None:
     made(store, Piece("ffa_lora", 50, contrast=True))
     text = _report.write(store)
     # differences 1.8 ... 2.2: deviation 0.158, so +- 2.776 x 0.158 / sqrt(5) = 0.196
-    assert "| +2.0 | +1.8 to +2.2 | higher |" in text
-    assert "| +0.0 | +0.0 to +0.0 | no difference |" in text
+    assert "| +2.00 | +1.80 to +2.20 | higher |" in text
+    assert "| +0.00 | +0.00 to +0.00 | no difference |" in text
 
 
 @pytest.mark.parametrize(

@@ -105,11 +105,11 @@ def _contrast_row(store: Store, contrast: Contrast, clients: int) -> str:
     interval = paired(
         [100 * (left[s]["metrics"][name] - right[s]["metrics"][name]) for s in shared]
     )
-    ends = f"{interval.low:+.1f} to {interval.high:+.1f}"
+    ends = f"{interval.low:+.2f} to {interval.high:+.2f}"
     told = interval.verdict
     if lacks:
         told = f"{len(shared)} of {len(store.scale.more_seeds)} seeds; **missing**: {lacks}"
-    return f"{head} {interval.mean:+.1f} | {ends} | {told} |"
+    return f"{head} {interval.mean:+.2f} | {ends} | {told} |"
 
 
 def _spread(values: Sequence[float]) -> str:
