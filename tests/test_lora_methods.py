@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from fedpeft import simulate
 from fedpeft.errors import DataError, PlanError, RunError
@@ -237,12 +238,13 @@ def test_a_contrast_is_paired_by_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("degrees", "wanted"), [(1, 12.706205), (2, 4.302653), (4, 2.776445), (30, 2.042272)]
 )
-def test_quantiles_are_those_of_tables(degrees: int, wanted: float) -> None:
-    assert _interval.quantile(0.95, degrees) == pytest.approx(wanted, abs=1e-6)
+def test_widths_are_those_of_tables(degrees: int, wanted: float) -> None:
+    differences = list(np.random.default_rng(0).normal(0.3, 1, degrees + 1))
+    found, error = _interval.paired(differences), np.std(differences, ddof=1) / (degrees + 1) ** 0.5
+    assert (found.high - found.mean) / error == pytest.approx(wanted, abs=1e-6)
 
 
-def test_intervals_agree_with_scipy() -> None:
-    stats = pytest.importorskip("scipy.stats")
+def test_intervals_are_those_of_a_paired_test() -> None:
     rng = np.random.default_rng(0)
     for count in range(2, 12):
         for level in (0.5, 0.95, 0.999):

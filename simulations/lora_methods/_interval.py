@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy import stats
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -30,26 +32,6 @@ def paired(differences: Sequence[float], level: float = 0.95) -> Interval:
     if count < 2:
         raise ValueError(f"{count} paired differences: an interval needs two or more")
     mean = statistics.fmean(differences)
-    half = quantile(level, count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    spread = statistics.stdev(differences) / math.sqrt(count)
+    half = float(stats.t.ppf((1 + level) / 2, count - 1)) * spread
     return Interval(mean, mean - half, mean + half)
-
-
-def quantile(level: float, degrees: int) -> float:
-    """Return ``t`` with ``P(|T| < t) = level``, by bisection over ``atan(t / sqrt(degrees))``."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, degrees) < level else (low, middle)
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
-
-
-def _within(angle: float, degrees: int) -> float:
-    """Return ``P(|T| < sqrt(degrees) tan(angle))``: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    cosine, odd = math.cos(angle), degrees % 2
-    term = cosine if odd else 1.0
-    total = term if degrees > 1 or not odd else 0.0
-    for k in range(3 if odd else 2, degrees - 1, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if odd else total
