@@ -159,10 +159,15 @@ def svd(x: Product, rank: int | None = None) -> Svd:
         basis_b, upper_b = np.linalg.qr(np.asarray(x.b, np.float64))
         basis_a, upper_a = np.linalg.qr(np.asarray(x.a, np.float64).T)
         small_u, s, small_vt = np.linalg.svd(upper_b @ upper_a.T)
-        u, s, vt = basis_b @ small_u[:, :rank], s[:rank], small_vt[:rank] @ basis_a.T
+        u = basis_b @ small_u[:, :rank]
+        del basis_b  # memory: what is held at once decides how large a cohort may be
+        s, vt = s[:rank], small_vt[:rank] @ basis_a.T
+        del basis_a
     signs = np.sign(u[np.argmax(np.abs(u), axis=0), np.arange(u.shape[1])])
     signs[signs == 0] = 1.0
-    return Svd(u * signs, s, vt * signs[:, None])
+    u *= signs
+    vt *= signs[:, None]
+    return Svd(u, s, vt)
 
 
 def compact(x: Product) -> Product:
@@ -190,6 +195,6 @@ def cut(found: Svd, rank: int, sigma_to: SigmaTo = "B") -> Product:
     right = {"B": np.ones(kept), "A": values, "split": np.sqrt(values)}[sigma_to]
     b = np.zeros((found.u.shape[0], rank))
     a = np.zeros((rank, found.vt.shape[1]))
-    b[:, :kept] = found.u[:, :kept] * left
-    a[:kept] = right[:, None] * found.vt[:kept]
+    np.multiply(found.u[:, :kept], left, out=b[:, :kept])
+    np.multiply(right[:, None], found.vt[:kept], out=a[:kept])
     return Product(b, a)

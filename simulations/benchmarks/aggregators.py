@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft import lowrank
+from fedpeft.engine._allocator import give_back
 from fedpeft.folds import Fold
 from fedpeft.rng import derive
 from fedpeft.spec import build
@@ -158,9 +159,13 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _resident(reset: bool = False) -> int:
-    """Return the most bytes in memory since the last reset; 0 where the system does not tell."""
+    """Return the most bytes in memory since the last reset; 0 where the system does not tell.
+
+    What others have freed is given back first, or a method that takes it again would look small.
+    """
     try:
         if reset:
+            give_back()
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         lines = _STATUS.read_text(encoding="ascii").splitlines()
     except OSError:
