@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from fedpeft.preflight import check
 from fedpeft.spec import build
 from fedpeft.types import Splits
 from simulations.lora_methods import __main__ as command
-from simulations.lora_methods import _interval, _pieces, _plans, _report, _runs
+from simulations.lora_methods import _interval, _pieces, _plans, _report, _runs, _work
 from simulations.lora_methods._data import AgNews
 from simulations.lora_methods._pieces import Piece, Store
 from simulations.lora_methods._plans import CENTRAL, CLIENTS, KNOWN, METHODS, RATES
@@ -27,6 +29,7 @@ from tests.tiny import support_plan
 
 AVAILABLE = [name for name in (CENTRAL, *KNOWN) if _plans.available(name)]
 FEDIT = Piece("fedit", 50)
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("clients", CLIENTS)
@@ -316,7 +319,7 @@ def test_a_method_that_does_not_fit_does_not_cost_the_others(
             raise PlanError("aggregator: does not fit")
         return fake(given, lr, seed)
 
-    monkeypatch.setattr(command, "_play", refuse)
+    monkeypatch.setattr(_work, "_play", refuse)
     pieces = ["--piece", "ffa_lora_3", "--piece", "fedit_3", "--results", str(tmp_path)]
     assert command.main(pieces) == 1
     assert "ffa_lora_3: aggregator: does not fit" in capsys.readouterr().err
@@ -332,10 +335,10 @@ def test_methods_are_pieces_of_both_sizes() -> None:
 
 
 @pytest.mark.slow
-def test_the_quick_grid_runs(
-    shared: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_the_quick_grid_runs(shared: Callable[[str], Path], jobs: str) -> None:
+    """As users start it: processes that are spawned cannot import a package's ``__main__``."""
     shared("cls/ag_news.train.jsonl.gz")
-    assert command.main(["--quick"]) == 0
-    table = capsys.readouterr().out
-    assert table.count("| 2 |") == 3, "two methods and the majority class, over two seeds"
+    line = [sys.executable, "-m", "simulations.lora_methods", "--quick", "--jobs", jobs]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.count("| 2 |") == 3, "two methods and the majority class, over two seeds"

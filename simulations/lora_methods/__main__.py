@@ -7,17 +7,15 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from fedpeft.durable import locked
-from fedpeft.errors import FedPeftError, PlanError
-from simulations.lora_methods import _pieces, _plans, _report
+from fedpeft.errors import FedPeftError
+from simulations.lora_methods import _pieces, _plans, _report, _work
 from simulations.lora_methods._pieces import Piece, Store
-from simulations.lora_methods._runs import Run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,31 +73,14 @@ def _run(store: Store, wanted: Sequence[Piece], end: float, jobs: int) -> bool:
     for contrast in (False, True):  # both write the same files
         part = [piece for piece in wanted if piece.contrast is contrast]
         if jobs == 1:
-            failed |= sum(_advance(store, piece, end) for piece in part) > 0
+            failed |= sum(_work.advance(store, piece, end) for piece in part) > 0
             continue
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            found = pool.map(_advance, *zip(*((store, piece, end) for piece in part), strict=True))
+            found = pool.map(
+                _work.advance, *zip(*((store, piece, end) for piece in part), strict=True)
+            )
             failed |= sum(found) > 0
     return failed
-
-
-def _advance(store: Store, piece: Piece, end: float) -> bool:
-    try:
-        for run in _pieces.advance(store, piece, _play, lambda: time.time() < end):
-            told = run.get("problem") or ", ".join(
-                f"{k} {run['metrics'][k]:.4f}" for k in ("test/accuracy", "held/accuracy")
-            )
-            print(f"{piece.name} lr={run['lr']:g} seed={run['seed']}: {told}", flush=True)
-    except PlanError as error:  # one method that does not fit must not cost the others
-        print(f"{piece.name}: {error}", file=sys.stderr)
-        return True
-    return False
-
-
-def _play(given: Mapping[str, Any], lr: float, seed: int) -> Run:
-    from simulations.lora_methods._runs import play
-
-    return play(_plans.plan_of(given, lr, seed), lr)
 
 
 def _list(store: Store, wanted: Sequence[Piece]) -> None:
