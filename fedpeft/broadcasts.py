@@ -33,14 +33,14 @@ def messages(
     missed is counted.
     """
     bodies: dict[tuple[Tables, Held | None], Body] = {}
+    keep = remote and tables.keeps
     for client in clients:
         own = tables.of(client, state.round if training else None)
         held = Held.of(state, client)
-        key = own, held if remote else None
+        key = own, held if keep else None
         if key not in bodies:
             bodies[key] = broadcast(plan, own, state, key[1])
         spared = 0 if remote else held.spared(state)
-        keep = remote and tables.keeps
         yield client, bodies[key].seal(header(state, run, client, keep=keep), spared)
 
 
