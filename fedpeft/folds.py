@@ -49,9 +49,10 @@ class Fold:
         """The modules, in the order of their ranks."""
         return lowrank.folded_modules(self.tensors)
 
-    def plus(self, step: Tensors, round: int, known: Collection[int]) -> Fold:
+    def plus(self, step: dict[str, np.ndarray], round: int, known: Collection[int]) -> Fold:
         """Append a step, for the broadcast of ``round``.
 
+        Takes the arrays out of ``step`` and writes over them: it is all that a large cohort fills.
         ``known`` are the earlier rounds whose broadcast some client holds.
         """
         found = dict[str, Product]()
@@ -135,14 +136,14 @@ def assembled(came: Tensors, held: Tensors, shapes: Shapes) -> Tensors:
     return _named(found.items())
 
 
-def _longer(held: Product, step: Tensors, module: str) -> Product:
-    """Append what ``step`` names of a module, and keep the shorter of the two forms."""
-    names = lowrank.folded_names(module)
-    if any(name not in step for name in names):
+def _longer(held: Product, step: dict[str, np.ndarray], module: str) -> Product:
+    """Append what ``step`` has of a module, which it then lacks; keep the shorter of both forms."""
+    a, b = lowrank.folded_names(module)
+    if a not in step or b not in step:
         return held
-    new, (m, n) = lowrank.fold_of(step, module), (held.b.shape[0], held.a.shape[1])
+    new, (m, n) = Product(step.pop(b), step.pop(a)), (held.b.shape[0], held.a.shape[1])
     if not lowrank.is_matrix(held) and _is_shorter(new.rank, m, n):
-        new = lowrank.compact(new)
+        new = lowrank.compact(new, overwrite=True)
         if _is_shorter(held.rank + new.rank, m, n):
             return _joined(held, held.rank, Product(new.b.astype("f4"), new.a.astype("f4")))
     total = new.dense() + (held.a if lowrank.is_matrix(held) else held.dense())

@@ -21,6 +21,8 @@ SigmaTo: TypeAlias = Literal["B", "A", "split"]
 """Which factor gets the singular values: the same product, but other gradients afterwards."""
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_ROWS = 512
+"""Rows that are multiplied at once where the result takes the place of a factor."""
 _FOLD_A, _FOLD_B = ".fold_A", ".fold_B"
 
 
@@ -121,10 +123,10 @@ def is_matrix(value: Product) -> bool:
 
 
 def total(parts: Sequence[tuple[float, Product]]) -> Product:
-    """Return the weighted sum of products as one, the weights on ``A``."""
+    """Return the weighted sum of products as one, in float64, the weights on ``A``."""
     rank = sum(part.rank for _, part in parts)
     rows, columns = parts[0][1].b.shape[0], parts[0][1].a.shape[1]
-    b, a, start = np.empty((rows, rank)), np.empty((rank, columns)), 0
+    b, a, start = np.empty((rows, rank), order="F"), np.empty((rank, columns)), 0
     for weight, part in parts:
         end = start + part.rank
         b[:, start:end] = part.b
@@ -145,24 +147,26 @@ def norm(x: Product) -> float:
     return float(np.linalg.norm(upper_b @ upper_a.T))
 
 
-def svd(x: Product, rank: int | None = None) -> Svd:
+def svd(x: Product, rank: int | None = None, overwrite: bool = False) -> Svd:
     """Return the singular value decomposition: ``min(m, n, R)`` values, or the ``rank`` largest.
 
     QR of both factors, then a decomposition [R, R]; the product itself only where R is not below
     ``min(m, n)``. The largest entry of each left vector is positive, so that equal products give
-    equal factors.
+    equal factors. ``overwrite`` leaves it free to do so in the memory of ``x``.
     """
     if x.rank >= min(x.b.shape[0], x.a.shape[1]):
         u, s, vt = np.linalg.svd(x.dense(), full_matrices=False)
         u, s, vt = u[:, :rank], s[:rank], vt[:rank]
     else:
-        basis_b, upper_b = np.linalg.qr(np.asarray(x.b, np.float64))
-        basis_a, upper_a = np.linalg.qr(np.asarray(x.a, np.float64).T)
-        small_u, s, small_vt = np.linalg.svd(upper_b @ upper_a.T)
-        u = basis_b @ small_u[:, :rank]
-        del basis_b  # memory: what is held at once decides how large a cohort may be
-        s, vt = s[:rank], small_vt[:rank] @ basis_a.T
+        basis_b, small = _qr(x.b, overwrite)
+        basis_a, upper_a = _qr(x.a.T, overwrite)
+        small = small @ upper_a.T
+        del upper_a  # memory: what is held at once decides how large a cohort may be
+        small_u, s, small_vt = np.linalg.svd(small)
+        del small
+        s, vt = s[:rank], _times(basis_a, small_vt[:rank].T).T
         del basis_a
+        u = _times(basis_b, small_u[:, :rank])
     signs = np.sign(u[np.argmax(np.abs(u), axis=0), np.arange(u.shape[1])])
     signs[signs == 0] = 1.0
     u *= signs
@@ -170,11 +174,33 @@ def svd(x: Product, rank: int | None = None) -> Svd:
     return Svd(u, s, vt)
 
 
-def compact(x: Product) -> Product:
-    """Return the same product with as few ranks as it has, singular values split between both."""
+def _qr(x: NDArray[np.floating], overwrite: bool) -> tuple[Matrix, Matrix]:
+    """Return orthonormal columns and the upper triangle, in the memory of ``x`` or of one copy."""
+    from scipy import linalg  # 0.3 s, for those who decompose something
+
+    taken = (np.asarray if overwrite else np.array)(x, np.float64, order="F")
+    basis, upper = linalg.qr(taken, overwrite_a=True, mode="economic", check_finite=False)
+    return basis, upper
+
+
+def _times(basis: Matrix, small: Matrix) -> Matrix:
+    """Return ``basis @ small``, in the memory of ``basis`` where nearly all of it is needed."""
+    kept = small.shape[1]
+    if 2 * kept < basis.shape[1]:
+        return np.asarray(basis @ small)
+    for at in range(0, len(basis), _ROWS):
+        basis[at : at + _ROWS, :kept] = basis[at : at + _ROWS] @ small
+    return basis[:, :kept]
+
+
+def compact(x: Product, overwrite: bool = False) -> Product:
+    """Return the same product with as few ranks as it has, singular values split between both.
+
+    ``overwrite`` leaves it free to do so in the memory of ``x``.
+    """
     if not x.rank:
         return x
-    found = svd(x)
+    found = svd(x, overwrite=overwrite)
     floor = max(x.b.shape[0], x.a.shape[1]) * np.finfo(np.float64).eps * found.s[0]
     return cut(found, int(np.sum(found.s > floor)), "split")
 

@@ -155,14 +155,14 @@ class Step:
 
     ``replaced`` are new values for tensors that were factorised anew: the old ones and the
     optimizer have no part in them, and ``delta`` does not name them. ``fold`` are products, named
-    by ``lowrank.folded``, that are added to the frozen base for good; only an aggregator
-    that is :class:`Folding` has any. ``kept`` is what the aggregator finds in the next round's
-    ``Sent``, float32 and of any names.
+    by ``lowrank.folded``, that are added to the frozen base for good; only an aggregator that is
+    :class:`Folding` has any, and whoever adds them takes the arrays for its own. ``kept`` is what
+    the aggregator finds in the next round's ``Sent``, float32 and of any names.
     """
 
     delta: Tensors
     replaced: Tensors = field(default_factory=dict)
-    fold: Tensors = field(default_factory=dict)
+    fold: dict[str, NDArray[Any]] = field(default_factory=dict)
     kept: Tensors = field(default_factory=dict)
 
 

@@ -97,7 +97,7 @@ def edits_of(shapes: Shapes, seed: int = 0, forms: Sequence[str] = FORMS) -> Ten
             rank = {"none": 0, "pair": 1 + round, "matrix": min(m, n)}[forms[at % len(forms)]]
             values = 0.3 * rng.standard_normal((m, rank)), 0.3 * rng.standard_normal((rank, n))
             step |= lowrank.folded(module, Product(*values)) if rank else {}
-        fold = fold.plus(step, round + 1, set())
+        fold = fold.plus({k: v.copy() for k, v in step.items()}, round + 1, set())
     return fold.tensors
 
 

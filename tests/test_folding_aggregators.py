@@ -131,7 +131,8 @@ def dense(fold: Tensors, module: str) -> Any:
 
 def appended(step: Step) -> Fold:
     """Return the fold of one step."""
-    return Fold.empty(SHAPES).plus(step.fold, 1, {0})
+    taken = {name: value.copy() for name, value in step.fold.items()}
+    return Fold.empty(SHAPES).plus(taken, 1, {0})
 
 
 def apart(x: Any, y: Any) -> float:

@@ -31,7 +31,12 @@ FULL: Mapping[str, int] = {"k": 3, "q": 6, "up": 8}
 CLIENTS = ("anna", "ben", "carl")
 
 
-def step_of(seed: int, ranks: Mapping[str, int], scale: float = 1.0) -> Tensors:
+def copied(step: Tensors) -> dict[str, np.ndarray]:
+    """Return a step that a fold may take for its own."""
+    return {name: value.copy() for name, value in step.items()}
+
+
+def step_of(seed: int, ranks: Mapping[str, int], scale: float = 1.0) -> dict[str, np.ndarray]:
     """Return products of these ranks, in as many rows; modules of rank 0 are left out."""
     rng, found = np.random.default_rng(seed), dict[str, Any]()
     for module, rank in ranks.items():
@@ -101,7 +106,7 @@ class Play:
         step = step_of(turn.seed, turn.ranks)
         for module in MODULES:
             self.sums[module] = self.sums[module] + dense(step, module)
-        self.fold = self.fold.plus(step, round + 1, {*self.acks.values()})
+        self.fold = self.fold.plus(copied(step), round + 1, {*self.acks.values()})
         return found
 
 
@@ -195,7 +200,7 @@ def test_a_step_of_zero_padding_is_as_short_as_its_rank(more: int) -> None:
         a: np.vstack([step[a], np.zeros((more, 12))]),
         b: np.hstack([step[b], np.ones((12, more))]),
     }
-    fold = Fold.empty(SHAPES).plus(wide, 1, set())
+    fold = Fold.empty(SHAPES).plus(copied(wide), 1, set())
     if 2 + more < FULL["q"]:
         assert fold.ranks[1] == [0, 2, 0]
     assert np.allclose(dense(fold.tensors, "q"), dense(step, "q"), rtol=0, atol=1e-6)
@@ -204,7 +209,7 @@ def test_a_step_of_zero_padding_is_as_short_as_its_rank(more: int) -> None:
 def test_tiny_and_huge_edits_stay_what_they_are() -> None:
     for scale in (1e-30, 1e-12, 1e12):
         step = step_of(0, {"q": 2, "up": 8}, scale)
-        fold = Fold.empty(SHAPES).plus(step, 1, set())
+        fold = Fold.empty(SHAPES).plus(copied(step), 1, set())
         for module in ("q", "up"):
             found, expected = dense(fold.tensors, module), dense(step, module)
             assert np.linalg.norm(found - expected) < 1e-6 * np.linalg.norm(expected)
@@ -216,7 +221,7 @@ def test_equal_products_are_appended_as_equal_arrays() -> None:
     step = step_of(0, {"q": 4})
     turn = rng.standard_normal((4, 4))
     turned = {a: np.linalg.solve(turn, step[a]), b: step[b] @ turn}
-    one, other = (Fold.empty(SHAPES).plus(s, 1, set()).tensors for s in (step, turned))
+    one, other = (Fold.empty(SHAPES).plus(copied(s), 1, set()).tensors for s in (step, turned))
     assert all(np.allclose(one[k], other[k], rtol=0, atol=1e-5) for k in one)
     gram_a, gram_b = one[a] @ one[a].T, one[b].T @ one[b]
     assert np.allclose(gram_a, np.diag(np.diag(gram_a)), atol=1e-4)
@@ -228,7 +233,7 @@ def test_the_forecast_is_what_grows(growth: int, rounds: int) -> None:
     fold = Fold.empty(SHAPES)
     for t in range(rounds):
         step = step_of(t, dict.fromkeys(MODULES, growth))
-        fold = fold.plus(step, t + 1, {t})
+        fold = fold.plus(copied(step), t + 1, {t})
     for missed in (1, rounds):
         held = fold.held(rounds - missed) if missed < rounds else (0, 0, 0)
         found = 4 * sum(v.size for k, v in fold.since(held).items() if k != "at")

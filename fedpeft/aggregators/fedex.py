@@ -56,7 +56,8 @@ class Fedex:
                 parts += [(missing, before)] if abs(missing) > _products.NOTHING else []
                 mean, residual = _split(parts)
                 if self.rank is not None and self.rank < residual.rank:
-                    residual = lowrank.cut(lowrank.svd(residual), self.rank, "split")
+                    whole = lowrank.svd(residual, overwrite=True)
+                    residual = lowrank.cut(whole, self.rank, "split")
                 fold |= lowrank.folded(module, residual)
             else:
                 mean = before
@@ -80,7 +81,12 @@ def _split(parts: Parts) -> tuple[Product, Product]:
     """
     b = np.sum([share * p.b.astype(np.float64) for share, p in parts], axis=0)
     a = np.sum([share * p.a.astype(np.float64) for share, p in parts], axis=0)
-    (_, last), apart = parts[-1], list[tuple[float, Product]]()
-    for share, part in parts[:-1]:
-        apart.append((share, Product(part.b.astype(np.float64) - last.b, part.a - a)))
-    return Product(b, a), lowrank.total(apart) if apart else Product(b[:, :0], a[:0])
+    apart, (_, last) = parts[:-1], parts[-1]
+    if not apart:
+        return Product(b, a), Product(b[:, :0], a[:0])
+    residual, end = lowrank.total(apart), 0  # taken apart in place: it is the most that is held
+    for share, part in apart:
+        start, end = end, end + part.rank
+        residual.b[:, start:end] -= last.b
+        residual.a[start:end] -= share * a
+    return Product(b, a), residual

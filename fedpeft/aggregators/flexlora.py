@@ -45,10 +45,11 @@ class FlexLora:
             if self.momentum:
                 speed = self._speed(module, found, before, sent.kept)
                 ranks = min(self.momentum_rank, speed.rank, *speed.shape)
-                speed = lowrank.cut(lowrank.svd(speed, ranks), ranks, "split")
+                speed = lowrank.cut(lowrank.svd(speed, ranks, overwrite=True), ranks, "split")
                 speeds.update(lowrank.single(lowrank.folded(module, speed)))
                 found = lowrank.total([(1.0, before), (1.0, speed)])
-            return lowrank.cut(lowrank.svd(found, before.rank), before.rank, self.sigma_to)
+            whole = lowrank.svd(found, before.rank, overwrite=True)
+            return lowrank.cut(whole, before.rank, self.sigma_to)
 
         step = _products.refactored(updates, sent, weights, solve, self.rank_normalise)
         return replace(step, kept=speeds)

@@ -52,7 +52,7 @@ class Stack:
         value = lowrank.total([p for p in parts if p[1].b.any()] or parts[:1])
         if self.energy == 1:
             return Product(value.b.astype(np.float32), value.a)
-        found = lowrank.svd(value)
+        found = lowrank.svd(value, overwrite=True)
         value = lowrank.cut(found, lowrank.within(found, self.energy), "split")
         return Product(value.b.astype(np.float32), value.a.astype(np.float32))
 

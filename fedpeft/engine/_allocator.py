@@ -1,4 +1,4 @@
-"""Has the C library keep the memory that a pass frees, because the next pass takes it again."""
+"""What the C library does with memory that is freed: by default it keeps some, for some time."""
 
 from __future__ import annotations
 
@@ -17,15 +17,26 @@ def keep_freed_memory() -> bool:
     its pages before they are used. The process then keeps the most it ever needed. False where the
     C library takes no such wish.
     """
-    try:
-        tune = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    wishes = (
+    return _tune(
         (_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD),
         (_TRIM_THRESHOLD, (1 << 31) - 1),
         (_TOP_PAD, 1 << 26),
     )
+
+
+def map_large_blocks() -> bool:
+    """Tell glibc to map each block above 128 KB by itself, and so to give it back once it is freed.
+
+    By default it only begins like that. Then memory tells what is held, but takes longer to get.
+    """
+    return _tune((_MMAP_THRESHOLD, 1 << 17))
+
+
+def _tune(*wishes: tuple[int, int]) -> bool:
+    try:
+        tune = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
     return all(tune(parameter, value) == 1 for parameter, value in wishes)
 
 
