@@ -33,14 +33,14 @@ def admit(
     own = tables.of(client, of[1])
     expected = own.up(of[1])
     try:
-        packet = unpack(reply, expected, limit(expected))
+        packet = unpack(reply, own.uplink.expected(expected), limit(expected))
     except WireError as error:
         raise WireError(f"{error}{_less(tables, own)}") from None
     told = packet.header
     if (told.get("run"), told.get("round")) != of:
         raise WireError(f"reply belongs to run {told.get('run')}, round {told.get('round')}")
     metrics, lr_sum = _report(told, *plan.trainer.budget(population[client]))
-    delta = plan.uplink.decode(packet.sections["adapter"], expected["adapter"])
+    delta = own.uplink.decode(packet.sections, expected["adapter"])
     extras = packet.sections.get("control", {})
     if shapes_of(delta) != expected["adapter"] or shapes_of(extras) != expected.get("control", {}):
         raise WireError("update has other names or shapes than the plan's adapter")
@@ -49,9 +49,15 @@ def admit(
     _check_size(delta, extras)
     answer = packet.sections.get("answer", {})
     check_answer(answer, expected.get("answer", {}))
-    sizes = {name: value.nbytes for name, value in packet.sections["adapter"].items()}
     return Update(
-        client, delta, weights.of[client], lr_sum, extras, metrics, answer=answer, sizes=sizes
+        client,
+        delta,
+        weights.of[client],
+        lr_sum,
+        extras,
+        metrics,
+        answer=answer,
+        sizes=packet.sizes,
     )
 
 

@@ -69,14 +69,14 @@ def broadcast(plan: Plan, tables: Tables, state: ServerState, held: Held | None 
     ``held`` is what they have already; by default nothing.
     """
     expected = tables.down(state.round)
-    sections = {"adapter": _encoded(plan, expected["adapter"], state)}
+    sections = _encoded(plan, tables, expected["adapter"], state)
     if "control" in expected:
         sections["control"] = plan.correction.broadcast(state.control)
     if "fold" in expected:
         sections["fold"] = state.fold.since(held.ranks if held else state.fold.held(NEVER))
     if "once" in expected:
         sections["once"] = {} if held and held.once else state.once
-    return body(sections, expected)
+    return body(sections, tables.downlink.expected(expected))
 
 
 def header(state: ServerState, run: str, client: str, *, keep: bool = False) -> dict[str, Scalar]:
@@ -89,16 +89,16 @@ def header(state: ServerState, run: str, client: str, *, keep: bool = False) -> 
     return found | ({"keep": 1} if keep else {})
 
 
-def _encoded(plan: Plan, shapes: Shapes, state: ServerState) -> Tensors:
-    """Return the adapter, or the part of these shapes, as it goes down."""
+def _encoded(plan: Plan, tables: Tables, shapes: Shapes, state: ServerState) -> dict[str, Tensors]:
+    """Return the adapter, or the part of these shapes, as the sections that go down."""
     shared = narrowed({k: state.params[k] for k in shapes}, shapes)
-    return plan.downlink.encode(shared, derive(plan.seed, state.round, "downlink"))
+    return tables.downlink.encode(shared, derive(plan.seed, state.round, "downlink"))
 
 
 def as_decoded(plan: Plan, tables: Tables, state: ServerState) -> Sent:
     """Return the adapter as clients decode it: another one where the downlink loses."""
     down, up = tables.down(state.round)["adapter"], tables.up(state.round)["adapter"]
-    received = plan.downlink.decode(_encoded(plan, down, state), down)
+    received = tables.downlink.decode(_encoded(plan, tables, down, state), down)
     moving = {k: received[k] for k in up if k in received}
     still = {k: v for k, v in received.items() if k not in up}
     return Sent(moving, still, derive_seed(plan.seed, state.round, "aggregator"), state.kept)

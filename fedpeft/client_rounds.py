@@ -283,12 +283,13 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: _Trained
         return Played(client, TrainError(why), memory)
     trained = plan.adapter.after_fit(own.tensors, got.tensors, round)
     delta = {k: _minus(trained[k], got.tensors[k]) for k in up["adapter"]}
-    sent = plan.uplink.encode(delta, derive(plan.seed, round, client, "uplink"))
+    coding = site.tables.of(client, round).uplink
+    sections = coding.encode(delta, derive(plan.seed, round, client, "uplink"))
     followed = plan.correction.remembers or "control" in up
-    arrived = plan.uplink.decode(sent, up["adapter"]) if followed else delta
+    arrived = coding.decode(sections, up["adapter"]) if followed else delta
     local = Local(got.tensors, arrived, got.extras, got.kept, fit.lr_sums[at])
     extras_up, corrected = plan.correction.client_update(local)
-    sections = {"adapter": sent, **({"control": extras_up} if "control" in up else {})}
+    sections |= {"control": extras_up} if "control" in up else {}
     asking = plan.aggregator if isinstance(plan.aggregator, Asking) else None
     of = asking.instead(site.tables.shapes) if asking else ()
     held = {k: trained[k] if k in trained else got.tensors[k] for k in of}
@@ -301,7 +302,9 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: _Trained
         if len(site.tables.phases) > 1:
             news |= prefixed(_TRAINED, {k: v.copy() for k, v in held.items()})
         memory = memory.after(got.acknowledged, round, news, once=_TRAINED)
-    return Played(client, body(sections, up).seal(_told_back(got, fit, at)), memory)
+    return Played(
+        client, body(sections, coding.expected(up)).seal(_told_back(got, fit, at)), memory
+    )
 
 
 def _told_back(got: Received, fit: Fit, at: int) -> dict[str, Scalar]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from fedpeft.baselines import compare
 from fedpeft.broadcasts import messages
 from fedpeft.checkpoint import Checkpoint
+from fedpeft.coding import HEAD
 from fedpeft.engine._base import Engine, Stage
 from fedpeft.errors import RunError
 from fedpeft.evaluation import evaluated_clients, reported, scored
@@ -227,7 +228,7 @@ def _one_round(run: _Run, at: Checkpoint) -> Checkpoint:
     names = list(population)
     cohort = plan.cohort.choose(names, derive(plan.seed, state.round, "cohort"))
     weights = plan.weighting.weigh(cohort, population, plan.cohort.expected(len(names)))
-    sent = Traffic([*run.site.base.outline.head])
+    sent = Traffic()
 
     def ask(requests: Iterable[tuple[str, Message]]) -> Iterator[Reply]:
         asked = list(sent.counted(requests))
@@ -259,7 +260,7 @@ def _line(
     line: dict[str, Any] = {"round": state.round, "asked": len(cohort)}
     line |= {"replied": list(report.replied), **dict(report.metrics)}
     line |= {"up_bytes": report.up_bytes, "down_bytes": sent.bytes}
-    line |= {"up_head_bytes": sent.of_head(report.up_sizes), "down_head_bytes": sent.head_bytes}
+    line |= {"up_head_bytes": report.up_sizes.get(HEAD, 0), "down_head_bytes": sent.head_bytes}
     return line | ({"refused": dict(report.refused)} if report.refused else {})
 
 
@@ -277,7 +278,7 @@ def _evaluate(run: _Run, state: ServerState) -> dict[str, Any]:
 
 
 def _evaluate_clients(run: _Run, state: ServerState) -> dict[str, Any]:
-    sent = Traffic([])
+    sent = Traffic()
     asked = evaluated_clients(run.plan, list(run.engine.population()))
     requests = sent.counted(run.messages(state, asked, training=False))
     line = reported(run.plan, run.engine.evaluate(requests))

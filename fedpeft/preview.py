@@ -10,6 +10,7 @@ import numpy as np
 
 from fedpeft import folds, lowrank
 from fedpeft.broadcasts import header
+from fedpeft.coding import Coding
 from fedpeft.evaluation import evaluated_clients
 from fedpeft.federation import Federation
 from fedpeft.models._outline import Outline
@@ -18,7 +19,7 @@ from fedpeft.preflight import check, check_texts
 from fedpeft.state import start
 from fedpeft.tables import Tables
 from fedpeft.tensors import size
-from fedpeft.types import Codec, Folding, Scalar, Shapes, Tensors
+from fedpeft.types import Folding, Scalar, Shapes, Tensors
 from fedpeft.wire import body
 
 _RUN = "0" * 32
@@ -89,7 +90,7 @@ def preview(plan: Plan) -> dict[str, Any]:
     federation, found, shapes = checked.federation, checked.outline, checked.shapes
     check_texts(plan, federation, found.limit)
     population = federation.population
-    tables = Tables(plan, shapes)
+    tables = Tables(plan, shapes, found.head)
     cohort = plan.cohort.expected(len(population))
     traffic = _Traffic(plan, tables, list(population), cohort)
     return {
@@ -154,12 +155,12 @@ def _down(plan: Plan, tables: Tables, round: int) -> Size:
     told = header(state, _RUN, "")
 
     def packed(kind: int) -> int:
-        sections = {"adapter": _encoded(plan.downlink, expected["adapter"], kind)}
+        sections = _encoded(tables.downlink, expected["adapter"], kind)
         if "control" in expected:
             sections["control"] = _filled(expected["control"], kind)
         if "fold" in expected:
             sections["fold"] = state.fold.since(state.fold.held(round))
-        return body(sections, expected).seal(told).nbytes
+        return body(sections, tables.downlink.expected(expected)).seal(told).nbytes
 
     return _measured(packed)
 
@@ -199,9 +200,10 @@ def _up(plan: Plan, tables: Tables, round: int) -> Size:
     }
 
     def packed(kind: int) -> int:
-        sections = {name: _filled(shapes, kind) for name, shapes in expected.items()}
-        sections["adapter"] = _encoded(plan.uplink, expected["adapter"], kind)
-        return body(sections, expected).seal(told).nbytes
+        sections = _encoded(tables.uplink, expected["adapter"], kind)
+        rest = [name for name in expected if name != "adapter"]
+        sections |= {name: _filled(expected[name], kind) for name in rest}
+        return body(sections, tables.uplink.expected(expected)).seal(told).nbytes
 
     return _measured(packed)
 
@@ -223,8 +225,8 @@ def _measured(packed: Any) -> Size:
     return Size(values, zeros == values)
 
 
-def _encoded(codec: Codec, shapes: Shapes, kind: int) -> Tensors:
-    return codec.encode(_filled(shapes, kind), np.random.default_rng(0))
+def _encoded(coding: Coding, shapes: Shapes, kind: int) -> dict[str, Tensors]:
+    return coding.encode(_filled(shapes, kind), np.random.default_rng(0))
 
 
 def _filled(shapes: Shapes, kind: int) -> Tensors:

@@ -38,7 +38,7 @@ from fedpeft.types import (
 class Report:
     """What one round was: who replied, who was refused and why, bytes and training metrics.
 
-    ``up_sizes`` are the bytes that each tensor took in the updates that could be used.
+    ``up_sizes`` are the bytes that each section took in the updates that could be used.
     """
 
     replied: Sequence[str]

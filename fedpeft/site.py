@@ -117,7 +117,7 @@ class Site:
         except FedPeftError as error:
             raise type(error)(f"adapter: {error}") from error
         self.learner = ModelLearner(self.base, self.attached, plan.task, warn)
-        self.tables = Tables(plan, self.shapes)
+        self.tables = Tables(plan, self.shapes, self.base.outline.head)
         self._leads = leads
 
     @cached_property

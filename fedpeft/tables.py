@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from fedpeft import folds
+from fedpeft.coding import Coding
 from fedpeft.errors import PlanError, WireError
 from fedpeft.plan import Plan
 from fedpeft.tensors import is_float32, narrowed, shapes_of, size
@@ -32,11 +33,13 @@ class Broadcast:
 class Tables:
     """Names and shapes of every section of a round's packets, and what happens to each tensor.
 
-    They are those of a client that has the whole adapter; :meth:`of` gives those of any other.
+    They are those of a client that has the whole adapter; :meth:`of` gives those of any other. What
+    ``head`` names of it travels in a section of its own, which ``uplink`` and ``downlink`` know.
     """
 
-    def __init__(self, plan: Plan, shapes: Shapes) -> None:
-        self._plan, self.shapes = plan, shapes
+    def __init__(self, plan: Plan, shapes: Shapes, head: Collection[str] = ()) -> None:
+        self._plan, self.shapes, self._head = plan, shapes, frozenset(head)
+        self.uplink, self.downlink = (Coding(c, self._head) for c in (plan.uplink, plan.downlink))
         self._narrowing = plan.adapter if isinstance(plan.adapter, Narrowing) else None
         self._of: tuple[int | None, dict[str, Tables]] = (None, {})
         self._narrow: dict[tuple[tuple[int, ...], ...], Tables] = {}
@@ -122,7 +125,7 @@ class Tables:
                 "correction: sends control state of every entry, and clients of mixed ranks have "
                 "not the same entries; use correction: none"
             )
-        return Tables(self._plan, shapes)
+        return Tables(self._plan, shapes, self._head)
 
     def _new_down(self, round: int) -> dict[str, Shapes]:
         down = self.roles(round).down
@@ -141,8 +144,8 @@ class Tables:
         key = message.body if isinstance(message, Message) else None
         if key is None or key is not self._last[0]:
             expected = self.down(round)
-            sections = unpack(message, expected, limit(expected)).sections
-            shared = self._plan.downlink.decode(sections["adapter"], expected["adapter"])
+            sections = unpack(message, self.downlink.expected(expected), limit(expected)).sections
+            shared = self.downlink.decode(sections, expected["adapter"])
             rest = [sections.get(name, {}) for name in ("control", "fold", "once")]
             if rest[2] and (shapes_of(rest[2]) != self.once or not is_float32(rest[2])):
                 raise WireError("frozen factors are not those of this plan")

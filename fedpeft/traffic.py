@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from fedpeft.coding import HEAD
 from fedpeft.phases import Reply
 from fedpeft.wire import Message
 
 
 @dataclass
 class Traffic:
-    """Bytes sent, those of the tensors of ``head`` among them, and seconds ``waited``."""
+    """Bytes sent, those of the head among them, and seconds ``waited``."""
 
-    head: Sequence[str]
     bytes: int = 0
     head_bytes: int = 0
     waited: float = 0.0
@@ -23,12 +23,8 @@ class Traffic:
         """Count each message that is passed on."""
         for client, message in requests:
             self.bytes += message.nbytes
-            self.head_bytes += self.of_head(message.body.sizes)
+            self.head_bytes += message.body.sizes.get(HEAD, 0)
             yield client, message
-
-    def of_head(self, sizes: Mapping[str, int]) -> int:
-        """Return the bytes of the head."""
-        return sum(sizes.get(name, 0) for name in self.head)
 
     def waiting(self, answers: Iterator[Reply]) -> Iterator[Reply]:
         """Take the time until each answer, in which the server does nothing."""

@@ -63,10 +63,14 @@ class Splits:
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """What goes on the wire in one direction: sections of arrays in wire dtypes, small header."""
+    """What goes on the wire in one direction: sections of arrays in wire dtypes, small header.
+
+    ``sizes`` are the bytes that each section took, where it came over the wire.
+    """
 
     sections: Mapping[str, Tensors]
     header: Mapping[str, Scalar] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,7 @@ class Update:
     """What the server holds of one client: decoded, checked, ``delta = trained - received``.
 
     ``answer`` is what it says where the aggregator is :class:`Asking`; ``sizes`` are the bytes that
-    each tensor of the update took.
+    each section of the update took.
 
     ``lr_sum`` adds up the learning rates of the local steps (steps x lr when constant). A client
     that has only the first entries of some tensors (mixed ranks) was ``sent`` those: it trained
@@ -618,14 +622,23 @@ class Personal(Protocol):
 
 @runtime_checkable
 class Codec(Protocol):
-    """``codecs/``: tensors to arrays in wire dtypes, perhaps lossy. Chains with ``|``."""
+    """``codecs/``: tensors to arrays in wire dtypes, perhaps lossy. Chains with ``|``.
+
+    What it sends are values, floating-point arrays which the next codec of a chain encodes, and
+    arrays of integers, which travel as they are: bytes (``uint8``) are symbols, which the wire
+    codes at their entropy.
+    """
 
     def encode(self, tensors: Tensors, rng: Rng) -> Tensors:
-        """Return the arrays to send."""
+        """Return the arrays to send, of any names."""
         ...
 
     def decode(self, arrays: Tensors, shapes: Shapes) -> Tensors:
         """Return float32 tensors of these shapes. Raises ``WireError``."""
+        ...
+
+    def values(self, shapes: Shapes) -> Shapes:
+        """Return names and shapes of the floating-point arrays among what it sends."""
         ...
 
 

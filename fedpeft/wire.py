@@ -7,8 +7,11 @@
     body       the arrays in the order of the table or the index, little-endian, without gaps
 
 Both sides know from the plan which tensors a section holds, so names and shapes travel only as the
-id of their table; an array list that differs from the table travels in ``index``. A receiver passes
-what it expects and how much it will take, and nothing is allocated before the sizes agree.
+id of their table; an array list that differs from the table travels in ``index``. Arrays of bytes
+are symbols, which travel entropy-coded (``entropy.py``) where that is shorter; a fifth item of
+their section then lists the bytes that each array takes, 0 for those that travel as they are. A
+receiver passes what it expects and how much it will take, and nothing is allocated before the sizes
+agree.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
+from fedpeft import entropy
 from fedpeft.errors import WireError
 from fedpeft.types import Packet, Scalar, Shapes, Tensors
 
@@ -41,7 +45,7 @@ _MAX_RANK = 8
 class Body:
     """The sections of a packet, serialised once and sent under many headers.
 
-    ``sizes`` are the bytes of each array of the first section, where this process has made it.
+    ``sizes`` are the bytes of each section, where this process has made it.
     """
 
     sections: Sequence[Sequence[Any]]
@@ -86,7 +90,7 @@ def body(sections: Mapping[str, Tensors], expected: Mapping[str, Shapes]) -> Bod
 
     Raises ``WireError`` for arrays that cannot travel (booleans, complex numbers, objects).
     """
-    entries, pieces = [], list[memoryview]()
+    entries, pieces, sizes = [], list[memoryview](), dict[str, int]()
     for section, tensors in sections.items():
         table = expected.get(section, {})
         same = list(tensors) == list(table) and all(
@@ -99,10 +103,13 @@ def body(sections: Mapping[str, Tensors], expected: Mapping[str, Shapes]) -> Bod
             raise WireError(f"section {section!r} holds an array of rank > {_MAX_RANK}")
         index = None if same else [[name, *value.shape] for name, value in tensors.items()]
         uniform = kinds[0] if len(set(kinds)) == 1 else kinds
-        entries.append([section, table_id(table) if same else None, uniform, index])
-        pieces += [_flat(value) for value in tensors.values() if value.size]
-    first = next(iter(sections.values()), {})
-    return Body(entries, pieces, {name: value.nbytes for name, value in first.items()})
+        found = [_piece(value) for value in tensors.values()]
+        coded = [piece.nbytes if shorter else 0 for piece, shorter in found]
+        entry = [section, table_id(table) if same else None, uniform, index]
+        entries.append([*entry, coded] if any(coded) else entry)
+        pieces += [piece for piece, _ in found if piece.nbytes]
+        sizes[section] = sum(piece.nbytes for piece, _ in found)
+    return Body(entries, pieces, sizes)
 
 
 def pack(packet: Packet, expected: Mapping[str, Shapes]) -> Message:
@@ -119,8 +126,9 @@ def peek(message: Message | bytes) -> Mapping[str, Scalar]:
 def unpack(message: Message | bytes, expected: Mapping[str, Shapes], limit: int) -> Packet:
     """Parse and check. Raises ``WireError`` for anything but a whole packet of expected sections.
 
-    ``limit`` bounds the bytes of the body. Arrays are read-only views of the message. What never
-    left this process was not damaged on the way, so only ``bytes`` have their checksums compared.
+    ``limit`` bounds the bytes of the body, and those of what it decodes to. Arrays are read-only,
+    and views of the message where they are not coded. What never left this process was not damaged
+    on the way, so only ``bytes`` have their checksums compared.
     """
     if isinstance(message, Message):
         head, parts = message.head, message.body.pieces
@@ -139,13 +147,17 @@ def unpack(message: Message | bytes, expected: Mapping[str, Shapes], limit: int)
         names = ", ".join(repr(s[0][:40]) for s in sections[:8])
         raise WireError(f"holds sections [{names}], expected {list(expected)}")
     layout = [
-        (s, _entries(s, table, kinds, index, expected, limit))
-        for s, table, kinds, index in sections
+        (s, _entries(s, table, kinds, index, expected, limit, *coded))
+        for s, table, kinds, index, *coded in sections
     ]
-    total = sum(length for _, entries in layout for *_, length in entries)
+    total = sum(entry.length for _, entries in layout for entry in entries)
     if total != found:
         raise WireError(f"arrays of {total} bytes in a body of {found}")
-    return Packet(_views(layout, parts), header)
+    whole = sum(entry.nbytes for _, entries in layout for entry in entries)
+    if whole > limit:
+        raise WireError(f"decodes to {whole} bytes where at most {limit} were expected")
+    sizes = {section: sum(e.length for e in entries) for section, entries in layout}
+    return Packet(_views(layout, parts), header, sizes)
 
 
 def table_id(shapes: Shapes) -> str:
@@ -159,12 +171,32 @@ def _table_id(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-_Entry: TypeAlias = tuple[str, tuple[int, ...], "np.dtype[Any]", int]
-"""Name, shape, dtype and bytes of an array."""
+class _Entry(NamedTuple):
+    """An array, and the bytes that it takes: as many as it has, or fewer where it is coded."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: np.dtype[Any]
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.kind.itemsize
+
+    @property
+    def is_coded(self) -> bool:
+        return self.length != self.nbytes
 
 
 def _length(pieces: Sequence[memoryview]) -> int:
     return sum(piece.nbytes for piece in pieces)
+
+
+def _piece(value: np.ndarray) -> tuple[memoryview, bool]:
+    """Return what travels of an array, and whether it is coded: bytes are, where it is shorter."""
+    flat = _flat(value)
+    coded = entropy.encode(np.frombuffer(flat, np.uint8)) if value.dtype == np.uint8 else None
+    return (flat, False) if coded is None else (memoryview(coded), True)
 
 
 def _flat(value: np.ndarray) -> memoryview:
@@ -207,7 +239,7 @@ def _read_head(head: bytes) -> tuple[dict[str, Scalar], list[list[Any]]]:
         raise WireError("header is no mapping")
     _check_header(header)
     if not isinstance(sections, list) or not all(
-        isinstance(s, list) and len(s) == 4 and isinstance(s[0], str) for s in sections
+        isinstance(s, list) and len(s) in (4, 5) and isinstance(s[0], str) for s in sections
     ):
         raise WireError("section list is malformed")
     return header, sections
@@ -243,6 +275,7 @@ def _entries(
     index: Any,
     expected: Mapping[str, Shapes],
     limit: int,
+    *coded: Any,
 ) -> list[_Entry]:
     if index is None:
         if table != table_id(expected[section]):
@@ -255,9 +288,27 @@ def _entries(
         raise WireError(f"section {section!r} declares another number of dtypes than arrays")
     if any(not isinstance(kind, str) or kind not in _DTYPES for kind in kinds):
         raise WireError(f"section {section!r} declares an unknown dtype")
-    return [
-        (name, shape, _DTYPES[kind], math.prod(shape) * _DTYPES[kind].itemsize)
+    found = [
+        _Entry(name, shape, _DTYPES[kind], math.prod(shape) * _DTYPES[kind].itemsize)
         for (name, shape), kind in zip(names_shapes, kinds, strict=True)
+    ]
+    return _shorter(section, found, coded[0]) if coded else found
+
+
+def _shorter(section: str, entries: Sequence[_Entry], coded: Any) -> list[_Entry]:
+    """Return the arrays with the bytes that they take where they are coded."""
+    if not isinstance(coded, list) or len(coded) != len(entries):
+        raise WireError(f"section {section!r} declares another number of codings than arrays")
+    for entry, length in zip(entries, coded, strict=True):
+        if type(length) is not int or not 0 <= length < max(1, entry.nbytes):
+            raise WireError(f"section {section!r}: array {entry.name[:80]!r} has no shorter coding")
+        if length and entry.kind != np.uint8:
+            raise WireError(
+                f"section {section!r}: array {entry.name[:80]!r} is coded, not of bytes"
+            )
+    return [
+        entry._replace(length=length) if length else entry
+        for entry, length in zip(entries, coded, strict=True)
     ]
 
 
@@ -283,20 +334,22 @@ def _index(section: str, index: Any, limit: int) -> list[tuple[str, tuple[int, .
 def _views(
     layout: Sequence[tuple[str, Sequence[_Entry]]], parts: Sequence[memoryview]
 ) -> dict[str, Tensors]:
-    sizes = [length for _, entries in layout for *_, length in entries if length]
+    sizes = [entry.length for _, entries in layout for entry in entries if entry.length]
     if [part.nbytes for part in parts] != sizes:  # one piece, as it came from a network
         whole = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
         ends = list(itertools.accumulate(sizes))
         parts = [whole[end - n : end] for n, end in zip(sizes, ends, strict=True)]
     pieces = iter(parts)
     return {
-        section: {entry[0]: _view(entry, pieces) for entry in entries}
+        section: {entry.name: _view(entry, pieces) for entry in entries}
         for section, entries in layout
     }
 
 
 def _view(entry: _Entry, pieces: Iterator[memoryview]) -> np.ndarray:
-    _, shape, kind, length = entry
-    array = np.frombuffer(next(pieces), kind) if length else np.empty(0, kind)
+    if entry.is_coded:
+        array = entropy.decode(next(pieces), math.prod(entry.shape))
+    else:
+        array = np.frombuffer(next(pieces) if entry.length else b"", entry.kind)
     array.flags.writeable = False
-    return array.reshape(shape)
+    return array.reshape(entry.shape)

@@ -148,6 +148,15 @@ class Round:
                 left -= share
         return total + left * dense(self.held, module)
 
+    def rounding(self, module: str) -> float:
+        """What a float32 sketch may lose: a square one is ill-conditioned now and then."""
+        target = self.target(module)
+        width = min(self.width, *target.shape)
+        sketch = derive(self.seed, "sketch", module).standard_normal((target.shape[1], width))
+        values = np.linalg.svd(target @ sketch, compute_uv=False)
+        rank = int(np.linalg.matrix_rank(target, tol=1e-5 * np.linalg.norm(target, 2)))
+        return EXACT * max(10.0, float(values[0] / values[rank - 1]))
+
 
 def played(seed: int, ranks: Sequence[int], width: int, moving: str = "AB", **more: Any) -> Round:
     rng = np.random.default_rng(seed)
@@ -178,9 +187,9 @@ def test_exact_up_to_the_cut_where_the_width_is_the_sum_of_the_ranks(
         target = found.target(module)
         floor = np.linalg.svd(target, compute_uv=False)
         if rank < len(floor) and floor[rank - 1] - floor[rank] > 0.02 * floor[0]:
-            assert apart(dense(after, module), best(target, rank)) < 10 * EXACT
+            assert apart(dense(after, module), best(target, rank)) < found.rounding(module)
         error = np.linalg.norm(dense(after, module) - target)
-        assert error <= np.linalg.norm(floor[rank:]) + EXACT * floor[0] * 10
+        assert error <= np.linalg.norm(floor[rank:]) + found.rounding(module) * floor[0]
         b, a = after[f"{module}.lora_B.weight"], after[f"{module}.lora_A.weight"]
         assert np.allclose(np.linalg.norm(b, axis=0), np.linalg.norm(a, axis=1), rtol=1e-4)
 
@@ -583,7 +592,7 @@ def test_a_bad_first_answer_refuses_the_reply(table: Table, value: float) -> Non
     def meddle(phase: int, client: str, reply: Message) -> Message:
         if (phase, client) != (0, "client-001"):
             return reply
-        up = table.site.tables.up(0)
+        up = table.site.tables.uplink.expected(table.site.tables.up(0))
         packet = unpack(reply, up, 1 << 24)
         wrong = {k: np.full_like(v, value) for k, v in packet.sections["answer"].items()}
         return pack(Packet({**packet.sections, "answer": wrong}, packet.header), up)

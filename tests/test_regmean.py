@@ -391,7 +391,9 @@ def test_a_round_is_the_formula_of_what_the_clients_of_a_mean_have_trained(bert:
     population = site.federation.population
     for client, count in population.items():
         share, up = count / sum(population.values()), site.tables.up(0)
-        delta = unpack(_played(mean, site, client), up, limit(up)).sections["adapter"]
+        coding = site.tables.uplink
+        reply = unpack(_played(mean, site, client), coding.expected(up), limit(up))
+        delta = coding.decode(reply.sections, up["adapter"])
         own = {k: v + delta.get(k, 0) for k, v in site.initial.items()}
         for module, gram in site.learner.grams([own], [site.train(client)])[0].items():
             scaled = share * gram * (0.7 + 0.3 * np.eye(4))
@@ -492,7 +494,7 @@ def test_a_client_that_diverges_does_so_alone(bert: Path) -> None:
 
     object.__setattr__(plan, "trainer", Broken())
     found = group_round(plan, site, asked, Grouping(8))
-    up = site.tables.up(0)
+    up = site.tables.uplink.expected(site.tables.up(0))
     for k, (a, b) in enumerate(zip(found, expected, strict=True)):
         if k == 1:
             assert isinstance(a.reply, Exception)
