@@ -95,6 +95,37 @@ def test_the_format_is_this() -> None:
     assert bytes(message)[:16] == b"FPW1" + bytes([60, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0])
 
 
+GOLDEN = (
+    "46505731820000001e0000000000000051e45c4d066ba3c1b447d96eb48d3c85"
+    "7b2268223a7b2272756e223a2272222c22726f756e64223a327d2c2273223a5b"
+    "5b2261646170746572222c5b5b226c6576656c73222c3230305d2c5b22736361"
+    "6c6573222c315d5d2c5b227531222c226634225d2c5b31382c305d5d2c5b2263"
+    "6f6e74726f6c222c2234616366343736626531613634363732222c226634225d"
+    "5d7d0201edf5b0d35944370c878ffa8e08e52f000000003f0000803f000000c0"
+)
+"""``docs/wire.md`` takes it apart."""
+
+
+def golden() -> tuple[dict[str, Tensors], dict[str, Shapes], dict[str, Scalar]]:
+    levels = np.zeros(200, np.uint8)
+    levels[::20] = 2
+    sections: dict[str, Tensors] = {
+        "adapter": {"levels": levels, "scales": np.array([0.5], "f4")},
+        "control": {"w": np.array([1.0, -2.0], "f4")},
+    }
+    return sections, {"adapter": {"w": (200,)}, "control": {"w": (2,)}}, {"run": "r", "round": 2}
+
+
+def test_the_format_stays_what_it_is() -> None:
+    sections, held, header = golden()
+    assert bytes(pack(Packet(sections, header), held)).hex() == GOLDEN
+    packet = unpack(bytes.fromhex(GOLDEN), held, LIMIT)
+    assert {s: bits(ts) for s, ts in packet.sections.items()} == {
+        s: bits(ts) for s, ts in sections.items()
+    }
+    assert (packet.header, packet.sizes) == (header, {"adapter": 22, "control": 8})
+
+
 def test_names_do_not_travel_when_the_table_matches() -> None:
     tensors = {f"layer.{i}.lora_A.weight": np.zeros((2, 3), "f4") for i in range(50)}
     same = bytes(pack(Packet({"adapter": tensors}), {"adapter": shapes_of(tensors)}))
