@@ -94,18 +94,23 @@ def _cosine(mean: Product, onto: Matrix, norm: float, lam: float) -> Matrix:
         best = _divided(onto, gram)
         length = float(np.linalg.norm(best))
         return best * (float(np.linalg.norm(mean.b)) / length) if length else np.asarray(mean.b)
-    x = np.asarray(mean.b)
+    values, turn = np.linalg.eigh(gram)
+    w, b = onto @ turn, mean.b @ turn  # along M's eigenvectors X is p W A^T + q B, column by column
+    ww, wb, bb = (np.sum(x * y, axis=0) for x, y in ((w, w), (w, b), (b, b)))
+    p, q = np.zeros(len(values)), np.ones(len(values))
     for _ in range(_STEPS):
-        squared = float(np.sum((x @ gram) * x))
+        squares = p * p * ww + 2 * p * q * wb + q * q * bb
+        squared = float(np.sum(values * squares))
         if squared <= 0:
             break
-        alpha, beta = 1 / (norm * np.sqrt(squared)), float(np.sum(onto * x)) / squared
-        left = alpha * beta * gram + 2 * lam * np.eye(len(gram))
-        change = (_divided(alpha * onto + 2 * lam * mean.b, left) - x) / 2
-        x = x + change
-        if np.linalg.norm(change) <= _ENOUGH * np.linalg.norm(x):
+        alpha, beta = 1 / (norm * np.sqrt(squared)), float(np.sum(p * ww + q * wb)) / squared
+        left = alpha * beta * values + 2 * lam
+        more_p, more_q = (alpha / left - p) / 2, (2 * lam / left - q) / 2
+        p, q = p + more_p, q + more_q
+        moved = np.sum(more_p**2 * ww) ** 0.5 + np.sum(more_q**2 * bb) ** 0.5
+        if moved <= _ENOUGH * np.sum(squares) ** 0.5:
             break
-    return x
+    return np.asarray((p * w + q * b) @ turn.T)
 
 
 def _scale(x: Matrix, a: np.ndarray, onto: Matrix) -> float:
