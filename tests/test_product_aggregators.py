@@ -245,8 +245,8 @@ def test_the_cosine_s_gradient_vanishes_whatever_the_scale(scale: float, lam: fl
     length = np.linalg.norm(made)
     cosine = np.sum(target * made) / (norm * length)
     pull = -(target / (norm * length) - cosine * made / length**2) @ mean.a.T
-    penalty = 2 * lam * (found - mean.b)
-    assert np.linalg.norm(pull + penalty) < 1e-9 * max(lam * scale, 1 / length)
+    penalty: Any = 2 * lam * (found - mean.b)
+    assert np.linalg.norm(pull + penalty) < 1e-9 * max(lam * scale, 1 / float(length))
     assert abs(np.sum(found * penalty)) < 1e-11 * lam * np.sum(found * found)
 
 
