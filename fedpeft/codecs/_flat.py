@@ -29,3 +29,8 @@ def parted(vector: NDArray[np.floating], shapes: Shapes) -> Tensors:
 def count(shapes: Shapes) -> int:
     """Return how many values there are."""
     return sum(math.prod(shape) for shape in shapes.values())
+
+
+def share(density: float, size: int) -> int:
+    """Return how many a ``density`` of ``size`` values is: at least 1, where there are any."""
+    return min(size, max(1, round(density * size)))
