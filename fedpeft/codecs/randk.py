@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedpeft.codecs import _arrays, _flat, _sparse
-from fedpeft.rng import counted
+from fedpeft.rng import counted, halves
 from fedpeft.spec import bounded, method
 from fedpeft.types import Rng, Shapes, Tensors
 
@@ -63,5 +63,4 @@ class RandK:
 
 
 def _places(seed: int, kept: int, size: int) -> _sparse.Positions:
-    words = counted(seed).random_raw(-(-size // 2)).astype("<u8", copy=False)
-    return _sparse.largest(words.view("<u4")[:size].astype(np.uint32, copy=False), kept)
+    return _sparse.largest(halves(counted(seed).random_raw(-(-size // 2)))[:size], kept)
