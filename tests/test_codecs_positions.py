@@ -1,0 +1,187 @@
+"""How the codecs that keep few of many values say which, and with what signs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from fedpeft.codecs import _signs, _sparse
+from fedpeft.errors import WireError
+from tests.updates import bits_of, rng, stably_largest, vectors
+
+MILLION = 1_000_000
+
+
+def entropy_of_mask(density: float) -> float:
+    """Bits per value."""
+    return -sum(p * math.log2(p) for p in (density, 1 - density) if p)
+
+
+@given(st.lists(st.booleans(), max_size=400) | st.lists(st.integers(0, 600), max_size=40))
+def test_positions_come_back(drawn: list[int]) -> None:
+    """A mask, or what lies between the kept."""
+    if drawn and max(drawn) > 1:
+        at = np.cumsum(np.array(drawn) + 1) - 1
+        size = int(at[-1]) + 1 + drawn[0]
+    else:
+        at, size = np.flatnonzero(np.array(drawn, bool)), len(drawn)
+    found = _sparse.coded(at, size)
+    assert np.array_equal(_sparse.positions(found, len(at), size), at)
+    assert 8 * len(found) <= max(size + 16, 8 * (len(at) + size) + 8)
+    assert bits_of(found) <= size + 16  # a bit per value, its last byte, and the form
+
+
+@pytest.mark.parametrize("density", [0.001, 0.002, 0.005, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.9])
+def test_positions_cost_the_entropy_of_the_mask(density: float) -> None:
+    kept = round(density * MILLION)
+    at = np.sort(rng("mask", kept).permutation(MILLION)[:kept])
+    found = _sparse.coded(at, MILLION)
+    assert bits_of(found) < 1.01 * entropy_of_mask(density) * MILLION
+    assert bits_of(found) <= MILLION + 16
+    assert np.array_equal(_sparse.positions(found, kept, MILLION), at)
+
+
+def test_what_is_clustered_costs_less_than_the_entropy_of_an_even_mask() -> None:
+    chances = np.repeat([0.19, 0.01], 200_000)
+    at = np.flatnonzero(rng("clusters").random(len(chances)) < chances)
+    even = entropy_of_mask(len(at) / len(chances)) * len(chances)
+    assert bits_of(_sparse.coded(at, len(chances))) < 0.9 * even
+
+
+def test_the_format_of_positions_is_this() -> None:
+    assert _sparse.coded(np.array([2, 3, 7]), 8).tolist() == [8, 0b10001100]
+    assert _sparse.coded(np.array([299]), 900).tolist() == [7, 128, 128, 43]
+    assert _sparse.positions(np.array([2, 4, 4, 1, 0], np.uint8), 2, 11).tolist() == [9, 10]
+    assert _sparse.coded(np.arange(5), 5).tolist() == _sparse.coded(np.arange(0), 5).tolist() == []
+
+
+WRONG_POSITIONS: list[tuple[list[int], int, int, str]] = [
+    ([], 2, 10, "no known form"),
+    ([9, 0, 0], 2, 10, "no known form"),
+    ([255, 0, 0], 2, 10, "no known form"),
+    ([2], 2, 10, "positions of"),
+    ([2, 0], 2, 10, "of 1 values, expected 2"),
+    ([2, 0, 0, 0], 2, 10, "of 3 values, expected 2"),
+    ([2, 0, 0, 4], 2, 10, "of 2 values, expected 2"),
+    ([2, 4, 4], 2, 10, "of 0 values, expected 2"),
+    ([2, 0, 5], 2, 10, "not gaps with a skip of 4"),
+    ([2, 4, 4, 3, 3], 2, 10, "beyond 10 values"),
+    ([7, 127, 127], 2, 10, "beyond 10 values"),
+    ([2, 4, 4, 4, 0, 0], 2, 10, "not gaps"),
+    ([0, *[1] * 11, 0, 0], 2, 10, "not gaps"),
+    ([8], 2, 10, "a mask of 0 bytes"),
+    ([8, 3], 2, 10, "a mask of 1 bytes"),
+    ([8, 3, 0, 0], 2, 10, "a mask of 3 bytes"),
+    ([8, 1, 0], 2, 10, "a mask of 1 values"),
+    ([8, 7, 0], 2, 10, "a mask of 3 values"),
+    ([8, 1, 4], 2, 10, "a mask of 2 values"),
+    ([2, 0], 0, 10, "need no bytes"),
+    ([2, 0, 0], 2, 2, "need no bytes"),
+]
+
+
+@pytest.mark.parametrize(("found", "kept", "size", "message"), WRONG_POSITIONS)
+def test_other_positions_are_refused(found: list[int], kept: int, size: int, message: str) -> None:
+    with pytest.raises(WireError, match=message):
+        _sparse.positions(np.array(found, np.uint8), kept, size)
+
+
+@given(hnp.arrays(np.uint8, st.integers(0, 60)), st.integers(0, 40), st.integers(0, 9))
+def test_any_bytes_are_positions_or_refused(found: NDArray[np.uint8], size: int, form: int) -> None:
+    for made in (found, np.concatenate([[form], found % 6]).astype(np.uint8)):
+        kept = min(size, len(made) // 2)
+        try:
+            at = _sparse.positions(made, kept, size)
+        except WireError:
+            continue
+        assert len(at) == kept
+        assert (np.diff(at) > 0).all()
+        assert not kept or (at[0] >= 0 and at[-1] < size)
+
+
+def test_bytes_of_another_kind_are_no_positions() -> None:
+    for found in (np.zeros(3, np.int8), np.zeros(3, np.float32), np.zeros((1, 3), np.uint8)):
+        with pytest.raises(WireError, match="no list of bytes"):
+            _sparse.positions(found, 2, 10)
+
+
+@given(vectors, st.floats(0, 1))
+def test_the_largest_are_those_of_a_stable_sort(
+    vector: NDArray[np.float32], density: float
+) -> None:
+    vector[rng(len(vector)).random(len(vector)) < 0.02] = np.nan
+    vector[rng(len(vector), "inf").random(len(vector)) < 0.02] = -np.inf
+    kept = round(density * len(vector))
+    found = _sparse.largest(_sparse.magnitudes(vector), kept)
+    assert np.array_equal(found, stably_largest(vector, kept))
+
+
+def large_vectors() -> dict[str, NDArray[np.float32]]:
+    """More values than are sorted without a sample of them being looked at."""
+    normal = rng("large").normal(size=400_000).astype(np.float32)
+    found = {
+        "normal": normal,
+        "few values": np.round(normal),
+        "zeros": np.zeros_like(normal),
+        "mostly zeros": np.where(normal > 2.5, normal, 0).astype(np.float32),
+        "rising": np.sort(normal),
+        "in one place": np.concatenate([normal * 1e-3, normal[:100_000]]),
+        "columns": (normal.reshape(-1, 64) * (np.arange(64) % 32 == 0)).reshape(-1),
+        "not numbers": np.where(normal > 1, np.nan, normal).astype(np.float32),
+    }
+    return {name: value.astype(np.float32) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("name", large_vectors())
+@pytest.mark.parametrize("density", [1e-5, 0.001, 0.01, 0.05, 0.2, 0.6, 0.99])
+def test_a_sample_does_not_change_what_is_largest(name: str, density: float) -> None:
+    vector = large_vectors()[name]
+    kept = round(density * len(vector))
+    found = _sparse.largest(_sparse.magnitudes(vector), kept)
+    assert np.array_equal(found, stably_largest(vector, kept))
+
+
+# --- signs ---------------------------------------------------------------------------------------
+
+
+@given(hnp.arrays(bool, st.integers(0, 400)) | st.integers(0, 400).map(lambda n: np.arange(n) < 3))
+def test_signs_come_back(negative: NDArray[np.bool_]) -> None:
+    found = _signs.coded(negative)
+    assert np.array_equal(_signs.decoded(found, len(negative)), negative)
+    assert bits_of(found) <= 8 * -(-len(negative) // 8)
+
+
+def test_signs_travel_in_the_shorter_way() -> None:
+    chances = rng("signs").random(100_000)
+    even, uneven = _signs.coded(chances < 0.5), _signs.coded(chances < 0.1)
+    assert bits_of(even) == len(chances)
+    assert bits_of(uneven) < 1.01 * entropy_of_mask(0.1) * len(chances)
+
+
+@pytest.mark.parametrize(
+    ("found", "count", "message"),
+    [
+        (np.zeros(2, np.uint8), 9, None),
+        (np.zeros(9, np.uint8), 9, None),
+        (np.zeros(3, np.uint8), 9, "expected bytes for 9"),
+        (np.zeros(2, np.int8), 9, "expected bytes for 9"),
+        (np.zeros((2, 1), np.uint8), 9, "expected bytes for 9"),
+        (np.zeros(0, np.uint8), 9, "expected bytes for 9"),
+        (np.array([0, 2], np.uint8), 9, "go on after the last"),
+        (np.full(9, 2, np.uint8), 9, "other than plus and minus"),
+        (np.array([2], np.uint8), 1, "go on after the last"),
+    ],
+)
+def test_other_signs_are_refused(found: NDArray[Any], count: int, message: str | None) -> None:
+    if message is None:
+        assert len(_signs.decoded(found, count)) == count
+        return
+    with pytest.raises(WireError, match=message):
+        _signs.decoded(found, count)
