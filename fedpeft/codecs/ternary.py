@@ -15,7 +15,7 @@ from fedpeft.errors import SpecError
 from fedpeft.spec import bounded, method
 from fedpeft.types import Rng, Shapes, Tensors
 
-_GAPS, _SIGNS, _SCALES = "gaps", "signs", "scales"
+_MASK, _SIGNS, _SCALES = "mask", "signs", "scales"
 _CHUNK = 1 << 16
 
 
@@ -49,7 +49,7 @@ class Ternary:
         return found
 
     def encode(self, tensors: Tensors, rng: Rng) -> Tensors:
-        """Return positions and signs as bytes, and the scales."""
+        """Return which are kept and their signs as symbols, and the scales."""
         vector = _flat.joined(tensors)
         size = len(vector)
         at = _sparse.largest(_sparse.magnitudes(vector), _flat.share(self.density, size))
@@ -63,7 +63,7 @@ class Ternary:
                 scales = [_mean(np.abs(part)) for part in _parts(kept, cuts)]
             found = np.array(scales, np.float32)
         return {
-            _GAPS: _sparse.coded(at, size),
+            _MASK: _sparse.coded(at, size),
             _SIGNS: _signs.coded(np.signbit(kept)),
             _SCALES: found,
         }
@@ -76,9 +76,9 @@ class Ternary:
         """Return float32 tensors. Raises ``WireError``."""
         size = _flat.count(shapes)
         kept = _flat.share(self.density, size)
-        (scales,) = _arrays.values(arrays, self.values(shapes), (_GAPS, _SIGNS))
+        (scales,) = _arrays.values(arrays, self.values(shapes), (_MASK, _SIGNS))
         minus = _signs.decoded(arrays[_SIGNS], kept)
-        at = _sparse.positions(arrays[_GAPS], kept, size)
+        at = _sparse.positions(arrays[_MASK], kept, size)
         ends = self._ends([math.prod(shape) for shape in shapes.values()])
         of = np.diff(np.searchsorted(at, ends), prepend=0)
         vector = np.zeros(size, np.float32)
