@@ -73,9 +73,7 @@ def coded(kept: Positions, size: int) -> NDArray[np.uint8]:
         return np.packbits(mask[:size], bitorder="little")
     if size <= _SINGLE:
         return mask[:size]
-    pairs = mask[1::2] << 1
-    pairs |= mask[::2]
-    return pairs
+    return mask[::2] | mask[1::2] << np.uint8(1)
 
 
 def positions(found: NDArray[Any], kept: int, size: int) -> Positions:
