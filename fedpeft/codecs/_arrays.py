@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedpeft.errors import WireError
 from fedpeft.types import Shapes, Tensors
@@ -22,21 +21,6 @@ def check(arrays: Tensors, shapes: Shapes, dtypes: Sequence[str]) -> None:
         if value.dtype not in kinds:
             allowed = " or ".join(dtypes)
             raise WireError(f"array {name!r} is {value.dtype.name}, the codec sends {allowed}")
-
-
-def values(arrays: Tensors, shapes: Shapes, beside: Collection[str]) -> list[NDArray[np.float32]]:
-    """Return the floating-point arrays of these names and ``shapes``, as float32.
-
-    Raises ``WireError`` unless there are these and those named ``beside``, and no others.
-    """
-    if missing := [name for name in beside if name not in arrays]:
-        raise WireError(f"array {missing[0]!r} is missing")
-    check(
-        {name: value for name, value in arrays.items() if name not in beside},
-        shapes,
-        ("float32", "float16"),
-    )
-    return [arrays[name].astype(np.float32, copy=False) for name in shapes]
 
 
 def _check_names(arrays: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -84,7 +84,7 @@ def positions(found: NDArray[Any], kept: int, size: int) -> Positions:
         if len(found):
             raise WireError(f"a mask of {kept} of {size} values needs no bytes")
         return np.arange(kept)
-    at = np.flatnonzero(_bits(found, size))
+    at = np.flatnonzero(_bits(found, size).view(np.bool_))
     if len(at) != kept or at[-1] >= size:
         raise WireError(f"a mask of {len(at)} values, expected {kept} of {size}")
     return at

@@ -53,7 +53,7 @@ class RandK:
     def decode(self, arrays: Tensors, shapes: Shapes) -> Tensors:
         """Return float32 tensors, zero but for what was kept. Raises ``WireError``."""
         size = _flat.count(shapes)
-        (kept,) = _arrays.values(arrays, self.values(shapes), (_SEED,))
+        (kept,) = _flat.values(arrays, self.values(shapes), (_SEED,))
         _arrays.check({_SEED: arrays[_SEED]}, {_SEED: (1,)}, ("uint64",))
         vector = np.zeros(size, np.float32)
         factor = np.float32(size / len(kept) if self.unbiased and size else 1)

@@ -90,7 +90,7 @@ class Seeds:
             own[_SEED] = (1,), "uint64"
         if self.budget == "norm":
             own[_NORMS] = (len(sizes),), "uint8"
-        (found,) = _arrays.values(arrays, self.values(shapes), own)
+        (found,) = _flat.values(arrays, self.values(shapes), own)
         for name, (shape, dtype) in own.items():
             _arrays.check({name: arrays[name]}, {name: shape}, (dtype,))
         vector = np.empty(int(sizes.sum()), np.float32)

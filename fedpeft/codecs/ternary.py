@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.codecs import _arrays, _flat, _signs, _sparse
+from fedpeft.codecs import _flat, _signs, _sparse
 from fedpeft.errors import SpecError
 from fedpeft.spec import bounded, method
 from fedpeft.types import Rng, Shapes, Tensors
@@ -76,7 +76,7 @@ class Ternary:
         """Return float32 tensors. Raises ``WireError``."""
         size = _flat.count(shapes)
         kept = _flat.share(self.density, size)
-        (scales,) = _arrays.values(arrays, self.values(shapes), (_MASK, _SIGNS))
+        (scales,) = _flat.values(arrays, self.values(shapes), (_MASK, _SIGNS))
         minus = _signs.decoded(arrays[_SIGNS], kept)
         at = _sparse.positions(arrays[_MASK], kept, size)
         ends = self._ends([math.prod(shape) for shape in shapes.values()])

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedpeft.codecs import _arrays, _flat, _sparse
+from fedpeft.codecs import _flat, _sparse
 from fedpeft.spec import bounded, method
 from fedpeft.types import Rng, Shapes, Tensors
 
@@ -40,7 +40,7 @@ class TopK:
     def decode(self, arrays: Tensors, shapes: Shapes) -> Tensors:
         """Return float32 tensors, zero but for what was kept. Raises ``WireError``."""
         size = _flat.count(shapes)
-        (values,) = _arrays.values(arrays, self.values(shapes), (_MASK,))
+        (values,) = _flat.values(arrays, self.values(shapes), (_MASK,))
         vector = np.zeros(size, np.float32)
         vector[_sparse.positions(arrays[_MASK], len(values), size)] = values
         return _flat.parted(vector, shapes)
