@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,29 @@ def test_values_from_outside_that_are_not_finite_stay_so(text: str) -> None:
     for wrong in (np.nan, np.inf):
         value = np.full_like(arrays[name], wrong)
         assert not np.isfinite(flat(codec.decode({**arrays, name: value}, shapes))).all()
+
+
+@pytest.mark.parametrize("density", [0.01, 0.9])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "topk({})",
+        "ternary({}, per='tensor')",
+        "randk({})",
+        "seeds({})",
+        "seeds(basis='independent')",
+    ],
+)
+def test_decoding_takes_four_times_the_update_at_most(text: str, density: float) -> None:
+    size = 1 << 19
+    tensors = {"a": rng("memory").normal(size=(2, size // 2)).astype(np.float32)}
+    codec = build("codecs", text.format(f"density={density}"))
+    made = codec.encode(tensors, rng())
+    tracemalloc.start()
+    codec.decode(made, shapes_of(tensors))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * size
 
 
 # --- topk ----------------------------------------------------------------------------------------

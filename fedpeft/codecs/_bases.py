@@ -64,7 +64,9 @@ def _independent_rows(size: int, count: int, key: int, stream: int) -> Iterator[
     for start in range(0, count, most):
         rows = min(most, count - start)
         words = source.random_raw(-(-rows * size // 64))
-        yield _signs(words)[: rows * size].reshape(rows, size) / np.float32(math.sqrt(size))
+        found = _signs(words)[: rows * size].reshape(rows, size)
+        found /= np.float32(math.sqrt(size))
+        yield found
 
 
 def _signs(words: NDArray[np.uint64]) -> Vector:

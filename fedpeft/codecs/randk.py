@@ -55,10 +55,11 @@ class RandK:
         size = _flat.count(shapes)
         (kept,) = _flat.values(arrays, self.values(shapes), (_SEED,))
         _arrays.check({_SEED: arrays[_SEED]}, {_SEED: (1,)}, ("uint64",))
+        at = _places(int(arrays[_SEED][0]), len(kept), size)
         vector = np.zeros(size, np.float32)
         factor = np.float32(size / len(kept) if self.unbiased and size else 1)
         with np.errstate(over="ignore", invalid="ignore"):
-            vector[_places(int(arrays[_SEED][0]), len(kept), size)] = kept * factor
+            vector[at] = kept * factor
         return _flat.parted(vector, shapes)
 
 

@@ -80,13 +80,11 @@ class Ternary:
         minus = _signs.decoded(arrays[_SIGNS], kept)
         at = _sparse.positions(arrays[_MASK], kept, size)
         ends = self._ends([math.prod(shape) for shape in shapes.values()])
-        of = np.diff(np.searchsorted(at, ends), prepend=0)
+        kept_of = np.diff(np.searchsorted(at, ends), prepend=0)
+        values = np.repeat(scales, kept_of)
+        np.negative(values, out=values, where=minus.view(np.bool_))
         vector = np.zeros(size, np.float32)
-        signed = np.stack([scales, -scales], axis=1)
-        if self.per == "update":
-            vector[at] = signed[0][minus]
-        else:
-            vector[at] = signed[np.repeat(np.arange(len(scales)), of), minus]
+        vector[at] = values
         return _flat.parted(vector, shapes)
 
     def _ends(self, sizes: list[int]) -> NDArray[np.intp]:
