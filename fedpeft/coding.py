@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.types import Codec, Rng, Shapes, Tensors
@@ -35,8 +36,9 @@ class Coding:
     def decode(self, sections: Mapping[str, Tensors], shapes: Shapes) -> Tensors:
         """Return the float32 tensors of these shapes. Raises ``WireError``."""
         found = dict[str, NDArray[Any]]()
-        for name, part in self._parts(shapes).items():
-            found |= self.codec.decode(sections[name], part)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
+            for name, part in self._parts(shapes).items():
+                found |= self.codec.decode(sections[name], part)
         return {name: found[name] for name in shapes}
 
     def _parts(self, whole: Mapping[str, _Value]) -> dict[str, dict[str, _Value]]:

@@ -3,15 +3,15 @@
 ::
 
     preamble   magic "FPW1" | head length u32 | body length u64 | xxh3-64 of head | xxh3-64 of body
-    head       {"h": header, "s": [[section, table, dtypes, index], ...]}
+    head       {"h": header, "s": [[section, table, dtypes], [section, index, dtypes, coded], ...]}
     body       the arrays in the order of the table or the index, little-endian, without gaps
 
 Both sides know from the plan which tensors a section holds, so names and shapes travel only as the
-id of their table; an array list that differs from the table travels in ``index``. Arrays of bytes
-are symbols, which travel entropy-coded (``entropy.py``) where that is shorter; a fifth item of
-their section then lists the bytes that each array takes, 0 for those that travel as they are. A
-receiver passes what it expects and how much it will take, and nothing is allocated before the sizes
-agree.
+id of their ``table``; a list of arrays that differs from it travels as an ``index``. Arrays of
+bytes are symbols, which travel entropy-coded (``entropy.py``) where that is shorter; ``coded`` then
+lists the bytes that each array takes, 0 for those that travel as they are. A receiver passes what
+it expects and how much it will take, and nothing is allocated before the sizes agree. All of it,
+byte by byte: ``docs/wire.md``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ _PREAMBLE = struct.Struct("<4sIQQQ")
 _KINDS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 _DTYPES = {kind: np.dtype(f"<{kind}") for kind in _KINDS}
 _MAX_HEAD = 1 << 20
+_SPARE_HEAD, _MAX_ENTRIES = 8192, 8
+"""What a head may hold in bytes beside its index, and how many times the tables' own index."""
 _MAX_HEADER_ITEMS = 256
 _MAX_RANK = 8
 
@@ -55,8 +57,7 @@ class Body:
     def seal(self, header: Mapping[str, Scalar], spared: int = 0) -> Message:
         """Return the message with this header. Raises ``WireError`` for one no receiver takes."""
         _check_header(header)
-        text = json.dumps({"h": dict(header), "s": self.sections}, separators=(",", ":"))
-        head = text.encode()
+        head = _dump({"h": dict(header), "s": self.sections})
         if len(head) > _MAX_HEAD:
             raise WireError(f"head of {len(head)} bytes is longer than {_MAX_HEAD}")
         return Message(head, self, spared)
@@ -101,11 +102,11 @@ def body(sections: Mapping[str, Tensors], expected: Mapping[str, Shapes]) -> Bod
             raise WireError(f"section {section!r} holds dtype {sorted(unknown)[0]!r}")
         if not same and any(value.ndim > _MAX_RANK for value in tensors.values()):
             raise WireError(f"section {section!r} holds an array of rank > {_MAX_RANK}")
-        index = None if same else [[name, *value.shape] for name, value in tensors.items()]
+        index = [[name, *value.shape] for name, value in tensors.items()]
         uniform = kinds[0] if len(set(kinds)) == 1 else kinds
         found = [_piece(value) for value in tensors.values()]
         coded = [piece.nbytes if shorter else 0 for piece, shorter in found]
-        entry = [section, table_id(table) if same else None, uniform, index]
+        entry = [section, table_id(table) if same else index, uniform]
         entries.append([*entry, coded] if any(coded) else entry)
         pieces += [piece for piece, _ in found if piece.nbytes]
         sizes[section] = sum(piece.nbytes for piece, _ in found)
@@ -142,13 +143,15 @@ def unpack(message: Message | bytes, expected: Mapping[str, Shapes], limit: int)
         raise WireError(f"holds {found} bytes where at most {limit} were expected")
     if isinstance(message, bytes) and _checksum(parts) != checksum:
         raise WireError("checksum does not match: damaged on the way")
+    if len(head) > (most := _longest_head(expected)):
+        raise WireError(f"head of {len(head)} bytes where at most {most} were expected")
     header, sections = _read_head(head)
     if [entry[0] for entry in sections] != list(expected):
         names = ", ".join(repr(s[0][:40]) for s in sections[:8])
         raise WireError(f"holds sections [{names}], expected {list(expected)}")
     layout = [
-        (s, _entries(s, table, kinds, index, expected, limit, *coded))
-        for s, table, kinds, index, *coded in sections
+        (section, _entries(section, expected[section], limit, *entry))
+        for section, *entry in sections
     ]
     total = sum(entry.length for _, entries in layout for entry in entries)
     if total != found:
@@ -167,8 +170,20 @@ def table_id(shapes: Shapes) -> str:
 
 @lru_cache(maxsize=64)
 def _table_id(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
-    text = json.dumps([[name, *shape] for name, shape in shapes], separators=(",", ":"))
-    return xxhash.xxh3_64_hexdigest(text.encode())
+    return xxhash.xxh3_64_hexdigest(_dump([[name, *shape] for name, shape in shapes]))
+
+
+def _longest_head(expected: Mapping[str, Shapes]) -> int:
+    """Return the most bytes of a head that a receiver reads: an index names what it expects."""
+    return _SPARE_HEAD + _MAX_ENTRIES * sum(
+        len(name) + 4 * len(shape) + 8
+        for table in expected.values()
+        for name, shape in table.items()
+    )
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 class _Entry(NamedTuple):
@@ -231,7 +246,9 @@ def _cut(data: bytes) -> tuple[bytes, int, int, memoryview]:
 
 def _read_head(head: bytes) -> tuple[dict[str, Scalar], list[list[Any]]]:
     try:
-        parsed = json.loads(head.decode(), parse_constant=_refuse)
+        parsed = json.loads(
+            head.decode(), parse_constant=_refuse, object_pairs_hook=_without_repetition
+        )
         header, sections = parsed["h"], parsed["s"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WireError(f"head cannot be read ({type(error).__name__})") from None
@@ -239,7 +256,7 @@ def _read_head(head: bytes) -> tuple[dict[str, Scalar], list[list[Any]]]:
         raise WireError("header is no mapping")
     _check_header(header)
     if not isinstance(sections, list) or not all(
-        isinstance(s, list) and len(s) in (4, 5) and isinstance(s[0], str) for s in sections
+        isinstance(s, list) and len(s) in (3, 4) and isinstance(s[0], str) for s in sections
     ):
         raise WireError("section list is malformed")
     return header, sections
@@ -264,23 +281,24 @@ def _is_text(value: str) -> bool:
     return value.isascii() or not any(0xD800 <= ord(c) <= 0xDFFF for c in value)
 
 
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name comes twice")
+    return found
+
+
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is not allowed")
 
 
 def _entries(
-    section: str,
-    table: Any,
-    kinds: Any,
-    index: Any,
-    expected: Mapping[str, Shapes],
-    limit: int,
-    *coded: Any,
+    section: str, table: Shapes, limit: int, index: Any, kinds: Any, *coded: Any
 ) -> list[_Entry]:
-    if index is None:
-        if table != table_id(expected[section]):
+    if isinstance(index, str):
+        if index != table_id(table):
             raise WireError(f"section {section!r} follows a table this receiver does not hold")
-        names_shapes = list(expected[section].items())
+        names_shapes = list(table.items())
     else:
         names_shapes = _index(section, index, limit)
     kinds = [kinds] * len(names_shapes) if isinstance(kinds, str) else kinds

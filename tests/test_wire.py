@@ -89,17 +89,48 @@ def test_what_is_packed_is_unpacked(
 def test_the_format_is_this() -> None:
     tensors = {"w": np.array([1.0, -2.0], ">f4"), "n": np.array(3, "u1")}
     message = pack(Packet({"a": tensors}, {"round": 2}), {"a": {"w": (2,), "n": ()}})
-    head = b'{"h":{"round":2},"s":[["a","1f67e79bd38496bc",["f4","u1"],null]]}'
+    head = b'{"h":{"round":2},"s":[["a","1f67e79bd38496bc",["f4","u1"]]]}'
     content = bytes.fromhex("0000803f000000c003")
     assert bytes(message) == sealed(head, content)
-    assert bytes(message)[:16] == b"FPW1" + bytes([65, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0])
+    assert bytes(message)[:16] == b"FPW1" + bytes([60, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0])
+
+
+GOLDEN = (
+    "46505731820000001e0000000000000051e45c4d066ba3c1b447d96eb48d3c85"
+    "7b2268223a7b2272756e223a2272222c22726f756e64223a327d2c2273223a5b"
+    "5b2261646170746572222c5b5b226c6576656c73222c3230305d2c5b22736361"
+    "6c6573222c315d5d2c5b227531222c226634225d2c5b31382c305d5d2c5b2263"
+    "6f6e74726f6c222c2234616366343736626531613634363732222c226634225d"
+    "5d7d0201edf5b0d35944370c878ffa8e08e52f000000003f0000803f000000c0"
+)
+"""``docs/wire.md`` takes it apart."""
+
+
+def golden() -> tuple[dict[str, Tensors], dict[str, Shapes], dict[str, Scalar]]:
+    levels = np.zeros(200, np.uint8)
+    levels[::20] = 2
+    sections: dict[str, Tensors] = {
+        "adapter": {"levels": levels, "scales": np.array([0.5], "f4")},
+        "control": {"w": np.array([1.0, -2.0], "f4")},
+    }
+    return sections, {"adapter": {"w": (200,)}, "control": {"w": (2,)}}, {"run": "r", "round": 2}
+
+
+def test_the_format_stays_what_it_is() -> None:
+    sections, held, header = golden()
+    assert bytes(pack(Packet(sections, header), held)).hex() == GOLDEN
+    packet = unpack(bytes.fromhex(GOLDEN), held, LIMIT)
+    assert {s: bits(ts) for s, ts in packet.sections.items()} == {
+        s: bits(ts) for s, ts in sections.items()
+    }
+    assert (packet.header, packet.sizes) == (header, {"adapter": 22, "control": 8})
 
 
 def test_names_do_not_travel_when_the_table_matches() -> None:
     tensors = {f"layer.{i}.lora_A.weight": np.zeros((2, 3), "f4") for i in range(50)}
     same = bytes(pack(Packet({"adapter": tensors}), {"adapter": shapes_of(tensors)}))
     assert b"lora" not in same
-    assert len(same) == 32 + len('{"h":{},"s":[["adapter","0123456789abcdef","f4",null]]}') + 1200
+    assert len(same) == 32 + len('{"h":{},"s":[["adapter","0123456789abcdef","f4"]]}') + 1200
     other = bytes(pack(Packet({"adapter": tensors}), {"adapter": {"x": (1,)}}))
     assert other.count(b"lora_A") == 50
 
@@ -265,10 +296,10 @@ HEADS: list[tuple[bytes, str]] = [
     (b'{"h":{},"s":{}}', "section list is malformed"),
     (b'{"h":{},"s":null}', "section list is malformed"),
     (b'{"h":{},"s":[1]}', "section list is malformed"),
-    (b'{"h":{},"s":[["a",null,"f4"]]}', "section list is malformed"),
-    (b'{"h":{},"s":[[["a"],null,"f4",[]]]}', "section list is malformed"),
+    (b'{"h":{},"s":[["a",[]]]}', "section list is malformed"),
+    (b'{"h":{},"s":[[["a"],[],"f4"]]}', "section list is malformed"),
     (b'{"h":{},"s":[]}', r"holds sections \[\], expected \['s'\]"),
-    (b'{"h":{},"s":[["\\ud800",null,[],[]]]}', r"holds sections \['\\ud800'\], expected"),
+    (b'{"h":{},"s":[["\\ud800",[],[]]]}', r"holds sections \['\\ud800'\], expected"),
 ]
 
 
@@ -280,45 +311,47 @@ def test_heads_that_are_nonsense(head: bytes, message: str) -> None:
 
 HUGE = 10**4000
 ENTRIES: list[tuple[list[Any], str]] = [
-    (["s", None, "f4", None], "'s' follows a table this receiver does not hold"),
-    (["s", table_id({"w": (4,)}), "f4", None], "'s' follows a table"),
-    (["s", [TABLE], "f4", None], "'s' follows a table"),
-    (["s", TABLE, "f4", 0], "'s' has a malformed index"),
-    (["s", TABLE, "f4", {"w": 2}], "'s' has a malformed index"),
-    (["s", TABLE, "f4", ["w"]], "'s' has a malformed index"),
-    (["s", TABLE, "f4", [[]]], "'s' has a malformed index"),
-    (["s", TABLE, "f4", [[2]]], "'s' has a malformed index"),
-    (["s", TABLE, "f4", [["w", -2]]], "'s': array 'w' has an impossible shape"),
-    (["s", TABLE, "f4", [["w", -1, -2]]], "'s': array 'w' has an impossible shape"),
-    (["s", TABLE, "f4", [["w", 2.0]]], "'s': array 'w' has an impossible shape"),
-    (["s", TABLE, "f4", [["w", True]]], "'s': array 'w' has an impossible shape"),
-    (["s", TABLE, "f4", [["w", "2"]]], "'s': array 'w' has an impossible shape"),
-    (["s", TABLE, "f4", [["w", None]]], "'s': array 'w' has an impossible shape"),
-    (["s", TABLE, "f4", [["w", [2]]]], "'s': array 'w' has an impossible shape"),
-    (["s", TABLE, "f4", [["w", *[1] * 9]]], "'w' comes twice or is of rank > 8"),
-    (["s", TABLE, "f4", [["w", 1], ["w", 1]]], "'w' comes twice or is of rank > 8"),
-    (["s", TABLE, "f4", [["w", 1 << 60]]], "'w' is larger than the 1048576 bytes"),
-    (["s", TABLE, "f4", [["w", *[HUGE] * 8]]], "'w' is larger than the 1048576 bytes"),
-    (["s", TABLE, "f4", [["w", 0, 1 << 62]]], "'w' is larger than the 1048576 bytes"),
-    (["s", TABLE, "f4", [["w", 1 << 40, 0]]], "'w' is larger than the 1048576 bytes"),
-    (["s", TABLE, "f4", [["w", 0, 1 << 20, 2]]], "'w' is larger than the 1048576 bytes"),
-    (["s", TABLE, "f4", [["w", 3]]], "arrays of 12 bytes in a body of 8"),
-    (["s", TABLE, "f4", [["w", 0]]], "arrays of 0 bytes in a body of 8"),
-    (["s", TABLE, "f4", []], "arrays of 0 bytes in a body of 8"),
-    (["s", TABLE, "f8", None], "arrays of 16 bytes in a body of 8"),
-    (["s", TABLE, "O", None], "'s' declares an unknown dtype"),
-    (["s", TABLE, ">f4", None], "'s' declares an unknown dtype"),
-    (["s", TABLE, "f4,f4", None], "'s' declares an unknown dtype"),
-    (["s", TABLE, "", None], "'s' declares an unknown dtype"),
-    (["s", TABLE, [["f4"]], None], "'s' declares an unknown dtype"),
-    (["s", TABLE, [{"f4": 1}], None], "'s' declares an unknown dtype"),
-    (["s", TABLE, [4], None], "'s' declares an unknown dtype"),
-    (["s", TABLE, [], None], "'s' declares another number of dtypes than arrays"),
-    (["s", TABLE, ["f4", "f4"], None], "'s' declares another number of dtypes"),
-    (["s", TABLE, None, None], "'s' declares another number of dtypes"),
-    (["s", TABLE, {"w": "f4"}, None], "'s' declares another number of dtypes"),
-    (["t", TABLE, "f4", None], r"holds sections \['t'\], expected \['s'\]"),
-    (["t" * 999, TABLE, "f4", None], r"holds sections \['t{40}'\], expected \['s'\]"),
+    (["s", "", "f4"], "'s' follows a table this receiver does not hold"),
+    (["s", None, "f4"], "'s' has a malformed index"),
+    (["s", table_id({"w": (4,)}), "f4"], "'s' follows a table"),
+    (["s", TABLE.upper() + " ", "f4"], "'s' follows a table"),
+    (["s", [TABLE], "f4"], "'s' has a malformed index"),
+    (["s", 0, "f4"], "'s' has a malformed index"),
+    (["s", {"w": 2}, "f4"], "'s' has a malformed index"),
+    (["s", ["w"], "f4"], "'s' has a malformed index"),
+    (["s", [[]], "f4"], "'s' has a malformed index"),
+    (["s", [[2]], "f4"], "'s' has a malformed index"),
+    (["s", [["w", -2]], "f4"], "'s': array 'w' has an impossible shape"),
+    (["s", [["w", -1, -2]], "f4"], "'s': array 'w' has an impossible shape"),
+    (["s", [["w", 2.0]], "f4"], "'s': array 'w' has an impossible shape"),
+    (["s", [["w", True]], "f4"], "'s': array 'w' has an impossible shape"),
+    (["s", [["w", "2"]], "f4"], "'s': array 'w' has an impossible shape"),
+    (["s", [["w", None]], "f4"], "'s': array 'w' has an impossible shape"),
+    (["s", [["w", [2]]], "f4"], "'s': array 'w' has an impossible shape"),
+    (["s", [["w", *[1] * 9]], "f4"], "'w' comes twice or is of rank > 8"),
+    (["s", [["w", 1], ["w", 1]], "f4"], "'w' comes twice or is of rank > 8"),
+    (["s", [["w", 1 << 60]], "f4"], "'w' is larger than the 1048576 bytes"),
+    (["s", [["w", *[HUGE // 10**3200] * 8]], "f4"], "'w' is larger than the 1048576 bytes"),
+    (["s", [["w", 0, 1 << 62]], "f4"], "'w' is larger than the 1048576 bytes"),
+    (["s", [["w", 1 << 40, 0]], "f4"], "'w' is larger than the 1048576 bytes"),
+    (["s", [["w", 0, 1 << 20, 2]], "f4"], "'w' is larger than the 1048576 bytes"),
+    (["s", [["w", 3]], "f4"], "arrays of 12 bytes in a body of 8"),
+    (["s", [["w", 0]], "f4"], "arrays of 0 bytes in a body of 8"),
+    (["s", [], "f4"], "arrays of 0 bytes in a body of 8"),
+    (["s", TABLE, "f8"], "arrays of 16 bytes in a body of 8"),
+    (["s", TABLE, "O"], "'s' declares an unknown dtype"),
+    (["s", TABLE, ">f4"], "'s' declares an unknown dtype"),
+    (["s", TABLE, "f4,f4"], "'s' declares an unknown dtype"),
+    (["s", TABLE, ""], "'s' declares an unknown dtype"),
+    (["s", TABLE, [["f4"]]], "'s' declares an unknown dtype"),
+    (["s", TABLE, [{"f4": 1}]], "'s' declares an unknown dtype"),
+    (["s", TABLE, [4]], "'s' declares an unknown dtype"),
+    (["s", TABLE, []], "'s' declares another number of dtypes than arrays"),
+    (["s", TABLE, ["f4", "f4"]], "'s' declares another number of dtypes"),
+    (["s", TABLE, None], "'s' declares another number of dtypes"),
+    (["s", TABLE, {"w": "f4"}], "'s' declares another number of dtypes"),
+    (["t", TABLE, "f4"], r"holds sections \['t'\], expected \['s'\]"),
+    (["t" * 999, TABLE, "f4"], r"holds sections \['t{40}'\], expected \['s'\]"),
 ]
 
 
@@ -333,7 +366,7 @@ def test_sections_that_are_nonsense(entry: list[Any], message: str) -> None:
     "order", [["b", "a"], ["a"], ["a", "b", "c"], ["a", "a"], ["a", "b", "a"], []]
 )
 def test_sections_come_once_and_in_order(order: list[str]) -> None:
-    entries: list[Any] = [[name, None, [], []] for name in order]
+    entries: list[Any] = [[name, [], []] for name in order]
     with pytest.raises(WireError, match=r"expected \['a', 'b'\]"):
         unpack(said(entries), {"a": {}, "b": {}}, LIMIT)
 
@@ -343,10 +376,10 @@ def test_sections_come_once_and_in_order(order: list[str]) -> None:
 def test_nested_bombs(where: str, depth: int) -> None:
     bomb = "[" * depth + "]" * depth
     section = {
-        "index": f'["s",null,"f4",{bomb}]',
-        "kinds": f'["s","{TABLE}",{bomb},null]',
-        "shape": f'["s",null,"f4",[["w",{bomb}]]]',
-        "name": f'["s",null,"f4",[[{bomb}]]]',
+        "index": f'["s",{bomb},"f4"]',
+        "kinds": f'["s","{TABLE}",{bomb}]',
+        "shape": f'["s",[["w",{bomb}]],"f4"]',
+        "name": f'["s",[[{bomb}]],"f4"]',
     }.get(where, "")
     header = f'{{"a":{bomb}}}' if where == "header" else "{}"
     head = bomb if where == "head" else f'{{"h":{header},"s":[{section}]}}'
@@ -367,9 +400,10 @@ json_values = st.recursive(
 entries_like = st.lists(
     st.tuples(
         st.sampled_from(["s", "w"]) | json_values,
-        st.sampled_from([TABLE, None]) | json_values,
+        st.just(TABLE)
+        | st.lists(st.lists(st.sampled_from(["w", 0, 1, 2]) | json_values))
+        | json_values,
         st.sampled_from(DTYPES) | st.lists(st.sampled_from(DTYPES), max_size=2) | json_values,
-        st.none() | st.lists(st.lists(st.sampled_from(["w", 0, 1, 2]) | json_values)) | json_values,
     )
     | json_values,
     max_size=2,
@@ -407,7 +441,7 @@ def test_no_entries_within_a_limit_of_nothing() -> None:
 
 @pytest.mark.parametrize("shape", [[1 << 60], [1 << 30, 1 << 30], [0, 1 << 60], [1 << 20]])
 def test_declared_sizes_allocate_nothing(shape: list[int]) -> None:
-    message = said([["s", None, "f8", [["w", *shape]]]], b"\0" * 8)
+    message = said([["s", [["w", *shape]], "f8"]], b"\0" * 8)
     tracemalloc.start()
     try:
         with pytest.raises(WireError, match=r"larger than|in a body of 8"):
