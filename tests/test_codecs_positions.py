@@ -138,22 +138,22 @@ def test_the_largest_are_those_of_a_stable_sort(
 
 def large_vectors() -> dict[str, NDArray[np.float32]]:
     """More values than are sorted without a sample of them being looked at."""
-    normal = rng("large").normal(size=400_000).astype(np.float32)
+    normal = rng("large").normal(size=150_000).astype(np.float32)
     found = {
         "normal": normal,
         "few values": np.round(normal),
         "zeros": np.zeros_like(normal),
         "mostly zeros": np.where(normal > 2.5, normal, 0).astype(np.float32),
         "rising": np.sort(normal),
-        "in one place": np.concatenate([normal * 1e-3, normal[:100_000]]),
-        "columns": (normal.reshape(-1, 64) * (np.arange(64) % 32 == 0)).reshape(-1),
+        "in one place": np.concatenate([normal * 1e-3, normal[:50_000]]),
+        "columns": (normal[:144_000].reshape(-1, 64) * (np.arange(64) % 32 == 0)).reshape(-1),
         "not numbers": np.where(normal > 1, np.nan, normal).astype(np.float32),
     }
     return {name: value.astype(np.float32) for name, value in found.items()}
 
 
 @pytest.mark.parametrize("name", large_vectors())
-@pytest.mark.parametrize("density", [1e-5, 0.001, 0.01, 0.05, 0.2, 0.6, 0.99])
+@pytest.mark.parametrize("density", [1e-4, 0.01, 0.2, 0.6])
 def test_a_sample_does_not_change_what_is_largest(name: str, density: float) -> None:
     vector = large_vectors()[name]
     kept = round(density * len(vector))

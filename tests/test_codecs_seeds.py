@@ -59,7 +59,7 @@ def test_there_and_back_are_one_matrix_of_unit_rows(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_over_keys_is_a_multiple_of_the_identity(kind: _bases.Kind) -> None:
-    size, count, draws = 16, 5, 3000
+    size, count, draws = 8, 3, 400
     mean = np.zeros((size, size))
     for key in range(draws):
         matrix = rows(kind, size, count, key)
@@ -160,7 +160,7 @@ def one_block(size: int = 512) -> dict[str, NDArray[np.float32]]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [8, 64, 256, 512])
 def test_least_squares_as_near_as_stated(kind: _bases.Kind, count: int) -> None:
-    size, draws = 512, 200
+    size, draws = 512, 60
     tensors = one_block(size)
     vector, cosines, mean = flat(tensors), list[float](), np.zeros(size)
     for seed in range(draws):
@@ -171,14 +171,14 @@ def test_least_squares_as_near_as_stated(kind: _bases.Kind, count: int) -> None:
         if kind == "orthogonal":  # what is left is at right angles to what arrived
             assert abs(found @ (vector - found)) < 1e-4 * (vector @ vector)
     share = count / size if kind == "orthogonal" else count / (count + size - 1)
-    assert np.sqrt(np.mean(np.square(cosines))) == pytest.approx(share**0.5, rel=0.05)
-    assert mean @ vector / (vector @ vector) == pytest.approx(share, rel=0.1)
+    assert np.sqrt(np.mean(np.square(cosines))) == pytest.approx(share**0.5, rel=0.08)
+    assert mean @ vector / (vector @ vector) == pytest.approx(share, rel=0.15)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("budget", ["norm", "even"])
 def test_unbiased_is_unbiased(kind: _bases.Kind, budget: str) -> None:
-    scales, draws = (1.0, 10.0, 0.01), 3000
+    scales, draws = (1.0, 10.0, 0.01), 600
     tensors = {f"t{s}": (s * one_block(16)["a"]).astype(np.float32) for s in scales}
     text = f"seeds(density=0.25, basis={kind!r}, budget={budget!r}, scale='unbiased')"
     codec = build("codecs", text)
