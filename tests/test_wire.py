@@ -126,6 +126,17 @@ def test_the_format_stays_what_it_is() -> None:
     assert (packet.header, packet.sizes) == (header, {"adapter": 22, "control": 8})
 
 
+def test_the_documentation_s_example_is_the_pinned_packet() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "wire.md").read_text("utf-8")
+    shown = text[text.index("## An example") :].replace(" ", "").replace("\n", "")
+    preamble, body_at = GOLDEN[:64], 2 * (32 + 130)
+    assert preamble in shown
+    head = bytes.fromhex(GOLDEN[64:body_at]).decode()
+    assert head in shown
+    assert GOLDEN[body_at : body_at + 36] in shown
+    assert table_id({"w": (2,)}) in head
+
+
 def test_names_do_not_travel_when_the_table_matches() -> None:
     tensors = {f"layer.{i}.lora_A.weight": np.zeros((2, 3), "f4") for i in range(50)}
     same = bytes(pack(Packet({"adapter": tensors}), {"adapter": shapes_of(tensors)}))
