@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def derive(seed: int, *names: int | str) -> np.random.Generator:
@@ -22,6 +23,19 @@ def derive(seed: int, *names: int | str) -> np.random.Generator:
 def derive_seed(seed: int, *names: int | str) -> int:
     """Return 63 bits for ``names``, for generators that take one integer (torch's)."""
     return _digest(seed, *names) & (2**63 - 1)
+
+
+def counted(key: int, stream: int = 0) -> np.random.Philox:
+    """Return a generator that counts, for a ``key`` and ``stream`` of 64 bits that were sent.
+
+    Its raw words are specified (Philox4x64-10), so every machine and version draws the same.
+    """
+    return np.random.Philox(key=key, counter=stream << 192)
+
+
+def halves(words: NDArray[np.uint64]) -> NDArray[np.uint32]:
+    """Return the two halves of each raw word, the lower first, on every machine."""
+    return words.astype("<u8", copy=False).view("<u4").astype(np.uint32, copy=False)
 
 
 def _digest(*names: int | str) -> int:
