@@ -59,7 +59,8 @@ def encode(symbols: Symbols) -> bytes | None:
         coder.encode_reverse(symbols[start:end].astype(np.int32), model)
     kind = _SENT if head else _ADAPTIVE
     words: NDArray[np.uint32] = coder.get_compressed()
-    return bytes([largest, kind]) + head + words.astype("<u4").tobytes()
+    coded = bytes([largest, kind]) + head + words.astype("<u4").tobytes()
+    return coded if len(coded) < len(symbols) else None
 
 
 def decode(data: bytes | memoryview, count: int) -> Symbols:
