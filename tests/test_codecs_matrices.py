@@ -355,3 +355,24 @@ def test_arrays_that_no_stage_of_a_chain_has(name: str, message: str) -> None:
 )
 def test_what_codecs_declare(text: str, offered: set[str]) -> None:
     assert {*getattr(build("codecs", text), "offers", {})} == offered
+
+
+@pytest.mark.parametrize("text", ["int8", "int4", "sign", "sketch", "lowrank(bits=3)", *CHAINS])
+@given(seed=st.integers(0, 2**32 - 1), few=st.booleans())
+def test_whatever_the_arrays_hold_they_decode_or_are_refused(
+    text: str, seed: int, few: bool
+) -> None:
+    """Bytes at random, all or a few of them: no other error, and no warning."""
+    codec, rng = build("codecs", text), np.random.default_rng(seed)
+    arrays = {}
+    for name, value in codec.encode(GOOD, derive(0)).items():
+        noise = rng.integers(0, 256, value.nbytes, np.uint8)
+        kept = rng.random(value.nbytes) < (0.98 if few else 0.2)
+        content = np.where(kept, np.frombuffer(value.tobytes(), np.uint8), noise)
+        arrays[name] = np.frombuffer(content.tobytes(), value.dtype).reshape(value.shape)
+    try:
+        found = codec.decode(arrays, SHAPES)
+    except WireError:
+        return
+    assert shapes_of(found) == SHAPES
+    assert all(value.dtype == np.float32 for value in found.values())

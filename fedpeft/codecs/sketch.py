@@ -70,7 +70,8 @@ class Sketch:
             found = np.empty((self.rows, len(part)), np.float32)
             for row in range(self.rows):
                 where, signs = self._hashed(row, start, len(part), cells.shape[1])
-                np.multiply(cells[row][where], signs, out=found[row])
+                with np.errstate(invalid="ignore"):  # a NaN of any pattern is one
+                    np.multiply(cells[row][where], signs, out=found[row])
             found.partition(self.rows // 2, axis=0)
             part[:] = found[self.rows // 2]
             if broken:
