@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -75,8 +76,8 @@ LISTED: Mapping[str, list[str]] = {
     ],
     "correction": ["none", "fedprox(mu=0.1)", "scaffold"],
     "personal": ["none", "ditto", "tuned(steps=1, lr=0.01)"],
-    "uplink": ["raw", "half", "half(dtype='bfloat16')", "raw | half"],
-    "downlink": ["raw", "half", "half(dtype='bfloat16')", "half | raw"],
+    "uplink": ["raw", "raw | half"],
+    "downlink": ["raw", "half(dtype='bfloat16')"],
     "cohort": ["everyone", "uniform(size=2)", "poisson(rate=0.6)"],
     "weighting": ["examples", "uniform", "uniform(denominator='expected')"],
     "aggregator": [
@@ -252,7 +253,8 @@ def test_an_aggregator_takes_the_adapters_it_has_a_meaning_for_and_no_other(
 def test_the_cover_holds_every_possible_pair() -> None:
     held = set[tuple[Choice, Choice]]().union(*(_held(chosen) for chosen in _cover()))
     assert set(_possible()) <= held
-    assert len(_cover()) < 250
+    between = Counter((one[0], other[0]) for one, other in _possible())
+    assert len(_cover()) < 1.5 * max(between.values())
 
 
 def test_every_pair_runs_or_is_refused(lines: Mapping[str, Any]) -> None:

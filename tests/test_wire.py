@@ -177,6 +177,16 @@ def test_peek_does_not_look_at_the_body() -> None:
     assert peek(whole[:-1]) == {"k": 1}
 
 
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(0, 252))
+def test_few_symbols_travel_as_they_are_where_coding_them_is_no_shorter(
+    symbols: list[int], offset: int
+) -> None:
+    tensors = {"symbols": np.array(symbols, np.uint8) + np.uint8(offset)}
+    held = {"s": shapes_of(tensors)}
+    message = bytes(pack(Packet({"s": tensors}), held))
+    assert bits(unpack(message, held, LIMIT).sections["s"]) == bits(tensors)
+
+
 # --- what a sender may not say -------------------------------------------------------------------
 
 

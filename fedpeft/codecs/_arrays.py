@@ -9,23 +9,32 @@ import numpy as np
 from fedpeft.errors import WireError
 from fedpeft.types import Shapes, Tensors
 
+FLOATS = ("float32", "float16")
+"""Values: as a codec makes them, or as ``half`` before it does."""
+
 
 def check(arrays: Tensors, shapes: Shapes, dtypes: Sequence[str]) -> None:
     """Raise ``WireError`` unless names and ``shapes`` agree and every dtype is of ``dtypes``."""
-    _check_names(arrays, shapes)
-    kinds = {np.dtype(name) for name in dtypes}
-    for name, shape in shapes.items():
+    check_each(arrays, {name: (shape, dtypes) for name, shape in shapes.items()})
+
+
+def check_each(
+    arrays: Tensors, expected: Mapping[str, tuple[tuple[int, ...], Sequence[str]]]
+) -> None:
+    """Raise ``WireError`` unless every array has its shape and a dtype of its own list."""
+    _check_names(arrays, expected)
+    for name, (shape, dtypes) in expected.items():
         value = arrays[name]
         if value.shape != shape:
             raise WireError(f"array {name!r} is {value.shape}, the plan expects {shape}")
-        if value.dtype not in kinds:
+        if value.dtype not in {np.dtype(kind) for kind in dtypes}:
             allowed = " or ".join(dtypes)
             raise WireError(f"array {name!r} is {value.dtype.name}, the codec sends {allowed}")
 
 
-def _check_names(arrays: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    if missing := [name for name in shapes if name not in arrays]:
+def _check_names(arrays: Tensors, expected: Mapping[str, object]) -> None:
+    if missing := [name for name in expected if name not in arrays]:
         raise WireError(f"array {missing[0]!r} is missing")
-    if len(arrays) != len(shapes):
-        unknown = next(name for name in arrays if name not in shapes)
+    if len(arrays) != len(expected):
+        unknown = next(name for name in arrays if name not in expected)
         raise WireError(f"array {unknown[:80]!r} is none of the plan's")

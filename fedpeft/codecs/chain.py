@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import NDArray
@@ -10,6 +11,9 @@ from fedpeft.errors import SpecError, WireError
 from fedpeft.spec import describe, method
 from fedpeft.tensors import shapes_of
 from fedpeft.types import Codec, Rng, Shapes, Tensors
+
+_OF_ALL = ("linear-code", "unbiased-code")
+"""What a chain is where every stage is; all else it is where one is."""
 
 
 @method
@@ -25,16 +29,29 @@ class Chain:
         """Raise ``SpecError`` for a stage that can only come last: it leaves no values."""
         if len(self.stages) < 2 or not all(isinstance(s, Codec) for s in self.stages):
             raise SpecError("chain: write codec | codec")
+        if any(isinstance(stage, Chain) for stage in self.stages):
+            raise SpecError("chain: a chain is no stage of another; write all stages in one")
         for stage in self.stages[:-1]:
             if not stage.values({"probe": (8, 8)}):
                 raise SpecError(f"chain: {describe(stage)} must come last")
+
+    @property
+    def offers(self) -> Mapping[str, str]:
+        """Return what the whole is, from what its stages are."""
+        each = [dict(getattr(stage, "offers", {})) for stage in self.stages]
+        found = {trait: reason for one in each for trait, reason in one.items()}
+        return {
+            trait: reason
+            for trait, reason in found.items()
+            if trait not in _OF_ALL or all(trait in one for one in each)
+        }
 
     def encode(self, tensors: Tensors, rng: Rng) -> Tensors:
         """Encode first to last."""
         sent, shapes = dict[str, NDArray[Any]](), shapes_of(tensors)
         for at, stage in enumerate(self.stages):
             made = stage.encode(tensors, rng)
-            shapes = {} if stage is self.stages[-1] else stage.values(shapes)
+            shapes = stage.values(shapes) if at + 1 < len(self.stages) else {}
             tensors = {name: made[name] for name in shapes}
             sent |= {f"{at}.{name}": value for name, value in made.items() if name not in shapes}
         return sent
@@ -51,6 +68,8 @@ class Chain:
             own[int(at)][rest] = value
         values: Tensors = {}
         for stage, of, kept in reversed([*zip(self.stages, expected, own, strict=True)]):
+            if both := [name for name in kept if name in values]:
+                raise WireError(f"array {both[0][:80]!r} comes beside the values of that name")
             values = stage.decode({**kept, **values}, of)
         return values
 

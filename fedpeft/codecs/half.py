@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -21,6 +22,10 @@ class Half:
     ``bfloat16`` travels as the upper half of the float32 pattern. What is not finite stays so: a
     training that diverged must not look as if it had not.
     """
+
+    offers: ClassVar[Mapping[str, str]] = {
+        "enlarging-code": "a value is rounded up as well as down"
+    }
 
     dtype: Literal["float16", "bfloat16"] = "float16"
 
