@@ -18,11 +18,13 @@ from fedpeft.grouping import Grouping
 from fedpeft.local_models import after_round
 from fedpeft.memory import Memory
 from fedpeft.plan import Plan
+from fedpeft.residuals import still_owed, with_owed
 from fedpeft.rng import derive, derive_seed
 from fedpeft.tables import Tables, limit
 from fedpeft.tensors import is_finite, narrowed, owned, padded, prefixed, select, shapes_of
 from fedpeft.types import (
     Asking,
+    Compensating,
     Example,
     Fit,
     Job,
@@ -71,8 +73,9 @@ class Client(Protocol):
 class Received:
     """A broadcast as a client holds it; ``tensors`` is all it has of the shared adapter.
 
-    ``kept`` is what the correction remembers, ``own`` what there is of a personal adapter,
-    ``remembered`` are the edits of the base, and what never changes, that it has to remember.
+    ``kept`` is what the correction remembers, ``own`` what there is of a personal adapter, ``owed``
+    what earlier updates lost, ``remembered`` are the edits of the base, and what never changes,
+    that it has to remember.
     """
 
     told: Mapping[str, Scalar]
@@ -82,6 +85,7 @@ class Received:
     extras: Tensors
     kept: Tensors
     own: Tensors
+    owed: Tensors
     remembered: Tensors
 
 
@@ -117,6 +121,7 @@ def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Receiv
         came.control,
         select(kept, "correction"),
         select(kept, "personal"),
+        select(kept, "residual"),
         {**prefixed("fold", fold), **prefixed("once", once)} if keep else {},
     )
 
@@ -283,9 +288,10 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: _Trained
         return Played(client, TrainError(why), memory)
     trained = plan.adapter.after_fit(own.tensors, got.tensors, round)
     delta = {k: _minus(trained[k], got.tensors[k]) for k in up["adapter"]}
-    coding = site.tables.of(client, round).uplink
-    sections = coding.encode(delta, derive(plan.seed, round, client, "uplink"))
-    followed = plan.correction.remembers or "control" in up
+    coding, given = site.tables.of(client, round).uplink, with_owed(delta, got.owed)
+    sections = coding.encode(given, derive(plan.seed, round, client, "uplink"))
+    owing = plan.uplink if isinstance(plan.uplink, Compensating) else None
+    followed = plan.correction.remembers or "control" in up or owing
     arrived = coding.decode(sections, up["adapter"]) if followed else delta
     local = Local(got.tensors, arrived, got.extras, got.kept, fit.lr_sums[at])
     extras_up, corrected = plan.correction.client_update(local)
@@ -299,6 +305,9 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: _Trained
         kept = {k: trained[k].copy() for k in sorted(roles.local)}
         news = {**prefixed("local", kept), **prefixed("correction", corrected)}
         news |= {**prefixed("personal", own.personal), **got.remembered}
+        if owing:
+            whole = site.tables.of(client).shapes
+            news |= prefixed("residual", still_owed(owing, got.owed, given, arrived, whole))
         if len(site.tables.phases) > 1:
             news |= prefixed(_TRAINED, {k: v.copy() for k, v in held.items()})
         memory = memory.after(got.acknowledged, round, news, once=_TRAINED)

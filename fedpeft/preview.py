@@ -19,7 +19,7 @@ from fedpeft.preflight import check, check_texts
 from fedpeft.state import start
 from fedpeft.tables import Tables
 from fedpeft.tensors import size
-from fedpeft.types import Folding, Scalar, Shapes, Tensors
+from fedpeft.types import Compensating, Folding, Scalar, Shapes, Tensors
 from fedpeft.wire import body
 
 _RUN = "0" * 32
@@ -280,6 +280,8 @@ def _memory(found: Outline, shapes: Shapes, tables: Tables, plan: Plan) -> dict[
     trained = size(s for k, s in shapes.items() if k in tables.roles(0).train)
     personal = size(s for k, s in shapes.items() if k in tables.trained)
     personal *= plan.personal.when == "rounds"
+    owing = range(plan.rounds) if isinstance(plan.uplink, Compensating) else range(0)
+    owed = {name: shape for t in owing for name, shape in tables.up(t)["adapter"].items()}
     state = start(plan, tables, _filled(shapes, 0))
     server = [*state.params.values(), *state.slots.values(), *state.control.values()]
     return {
@@ -287,6 +289,7 @@ def _memory(found: Outline, shapes: Shapes, tables: Tables, plan: Plan) -> dict[
         "client_state_bytes": 4 * (adapter + 4 * trained + 2 * personal),
         "server_state_bytes": sum(value.nbytes for value in server),
         "personal_bytes": 4 * personal,
+        "residual_bytes": 4 * size(owed.values()),
     }
 
 
@@ -335,8 +338,11 @@ def as_text(found: Mapping[str, Any]) -> str:
             f"{memory['server_state_bytes'] / 1e6:,.2f} MB server state; activations not counted",
         ),
         *(
-            ("kept by a client", f"{kept / 1e6:,.2f} MB personal adapter, up to three times")
-            for kept in [memory["personal_bytes"]]
+            ("kept by a client", f"{kept / 1e6:,.2f} MB {what}, up to three times")
+            for what, kept in (
+                ("personal adapter", memory["personal_bytes"]),
+                ("that encoding has lost", memory["residual_bytes"]),
+            )
             if kept
         ),
         *(("warning", text) for text in found["warnings"]),

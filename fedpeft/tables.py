@@ -13,7 +13,16 @@ from fedpeft.coding import Coding
 from fedpeft.errors import PlanError, WireError
 from fedpeft.plan import Plan
 from fedpeft.tensors import is_float32, narrowed, shapes_of, size
-from fedpeft.types import Asking, Folding, Narrowing, Restarting, Roles, Shapes, Tensors
+from fedpeft.types import (
+    Asking,
+    Compensating,
+    Folding,
+    Narrowing,
+    Restarting,
+    Roles,
+    Shapes,
+    Tensors,
+)
 from fedpeft.wire import Body, Message, unpack
 
 
@@ -172,7 +181,8 @@ class Tables:
     def remembers(self) -> bool:
         """Whether clients need what they kept in earlier rounds."""
         plan, own = self._plan, self.roles(0).local
-        return plan.correction.remembers or plan.personal.when == "rounds" or bool(own)
+        owing = isinstance(plan.uplink, Compensating)
+        return plan.correction.remembers or plan.personal.when == "rounds" or bool(own) or owing
 
     @property
     def stores(self) -> bool:

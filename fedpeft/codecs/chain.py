@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from fedpeft.errors import SpecError, WireError
 from fedpeft.spec import describe, method
 from fedpeft.tensors import shapes_of
-from fedpeft.types import Codec, Rng, Shapes, Tensors
+from fedpeft.types import Codec, Compensating, Differing, Rng, Shapes, Tensors
 
 
 @method
@@ -25,6 +25,10 @@ class Chain:
         """Raise ``SpecError`` for a stage that can only come last: it leaves no values."""
         if len(self.stages) < 2 or not all(isinstance(s, Codec) for s in self.stages):
             raise SpecError("chain: write codec | codec")
+        for stage in self.stages:
+            if isinstance(stage, Compensating | Differing):
+                name = describe(stage).partition("(")[0]
+                raise SpecError(f"chain: {name} wraps the whole chain: write {name}(codec | codec)")
         for stage in self.stages[:-1]:
             if not stage.values({"probe": (8, 8)}):
                 raise SpecError(f"chain: {describe(stage)} must come last")
