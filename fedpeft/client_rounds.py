@@ -74,8 +74,8 @@ class Received:
     """A broadcast as a client holds it; ``tensors`` is all it has of the shared adapter.
 
     ``kept`` is what the correction remembers, ``own`` what there is of a personal adapter, ``owed``
-    what earlier updates lost, ``remembered`` are the edits of the base, and what never changes,
-    that it has to remember.
+    what earlier updates lost, ``remembered`` are the edits of the base, what never changes and what
+    differences are to, that it has to remember.
     """
 
     told: Mapping[str, Scalar]
@@ -103,9 +103,10 @@ def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Receiv
     if not 0 <= round < plan.rounds + 1:
         raise WireError(f"message is of round {round}, the plan has {plan.rounds}")
     tables = site.tables.of(client, round if training else None)
-    came = tables.decode(message, round)
     keep = bool(told.get("keep"))
     kept = memory.at(acknowledged, client) if keep or site.tables.remembers else {}
+    differs = (acknowledged, select(kept, "mirror")) if told.get("since") else None
+    came = tables.decode(message, round, differs)
     tensors = {**tables.part(site.initial), **select(kept, "local"), **came.adapter}
     if training:
         tensors |= tables.begin(client, round)
@@ -122,8 +123,12 @@ def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Receiv
         select(kept, "correction"),
         select(kept, "personal"),
         select(kept, "residual"),
-        {**prefixed("fold", fold), **prefixed("once", once)} if keep else {},
+        _to_keep(fold=fold, once=once, mirror=came.mirror) if keep else {},
     )
+
+
+def _to_keep(**what: Tensors) -> Tensors:
+    return {f"{part}/{k}": v for part, tensors in what.items() for k, v in tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from fedpeft.codecs import _probe
 from fedpeft.spec import describe
 from fedpeft.types import Codec, Compensating, Differing
 
-_MOST_LOST = 1 / 3
-"""Of the norm of normal values. Four bits lose a sixth of it, signs three fifths."""
+_MOST_LOST = 1 / 4
+"""Of the norm of normal values. Four bits lose less; half of the values, the smaller ones, more."""
 
 
 def problems(uplink: Codec, downlink: Codec) -> Iterator[str]:
