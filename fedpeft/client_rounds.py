@@ -293,11 +293,7 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: _Trained
         return Played(client, TrainError(why), memory)
     trained = plan.adapter.after_fit(own.tensors, got.tensors, round)
     delta = {k: _minus(trained[k], got.tensors[k]) for k in up["adapter"]}
-    coding, given = site.tables.of(client, round).uplink, with_owed(delta, got.owed)
-    sections = coding.encode(given, derive(plan.seed, round, client, "uplink"))
-    owing = plan.uplink if isinstance(plan.uplink, Compensating) else None
-    followed = plan.correction.remembers or "control" in up or owing
-    arrived = coding.decode(sections, up["adapter"]) if followed else delta
+    sections, arrived, owed = _encoded(plan, site, client, got, delta)
     local = Local(got.tensors, arrived, got.extras, got.kept, fit.lr_sums[at])
     extras_up, corrected = plan.correction.client_update(local)
     sections |= {"control": extras_up} if "control" in up else {}
@@ -309,16 +305,30 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: _Trained
     if site.tables.stores or got.remembered:
         kept = {k: trained[k].copy() for k in sorted(roles.local)}
         news = {**prefixed("local", kept), **prefixed("correction", corrected)}
-        news |= {**prefixed("personal", own.personal), **got.remembered}
-        if owing:
-            whole = site.tables.of(client).shapes
-            news |= prefixed("residual", still_owed(owing, got.owed, given, arrived, whole))
+        news |= {**prefixed("personal", own.personal), **prefixed("residual", owed)}
+        news |= got.remembered
         if len(site.tables.phases) > 1:
             news |= prefixed(_TRAINED, {k: v.copy() for k, v in held.items()})
         memory = memory.after(got.acknowledged, round, news, once=_TRAINED)
-    return Played(
-        client, body(sections, coding.expected(up)).seal(_told_back(got, fit, at)), memory
-    )
+    expected = site.tables.of(client, round).uplink.expected(up)
+    return Played(client, body(sections, expected).seal(_told_back(got, fit, at)), memory)
+
+
+def _encoded(
+    plan: Plan, site: Client, client: str, got: Received, delta: Tensors
+) -> tuple[dict[str, Tensors], Tensors, Tensors]:
+    """Return what is sent of an update, what arrives of it, and what the client owes then."""
+    tables = site.tables.of(client, got.round)
+    up, given = tables.up(got.round), with_owed(delta, got.owed)
+    sections = tables.uplink.encode(given, derive(plan.seed, got.round, client, "uplink"))
+    owing = plan.uplink if isinstance(plan.uplink, Compensating) else None
+    if not (owing or plan.correction.remembers or "control" in up):
+        return sections, delta, {}
+    arrived = tables.uplink.decode(sections, up["adapter"])
+    if owing is None:
+        return sections, arrived, {}
+    whole = site.tables.of(client).shapes
+    return sections, arrived, still_owed(owing, got.owed, given, arrived, whole)
 
 
 def _told_back(got: Received, fit: Fit, at: int) -> dict[str, Scalar]:

@@ -311,7 +311,8 @@ def _memory(found: Outline, shapes: Shapes, tables: Tables, plan: Plan) -> dict[
     owing = range(plan.rounds) if isinstance(plan.uplink, Compensating) else range(0)
     owed = {name: shape for t in owing for name, shape in tables.up(t)["adapter"].items()}
     state = start(plan, tables, _filled(shapes, 0))
-    server = [*state.params.values(), *state.slots.values(), *state.control.values()]
+    held = [state.params, state.slots, state.control, state.mirror.tensors]
+    server = [value for tensors in held for value in tensors.values()]
     return {
         "base_bytes": (2 if plan.precision == "bfloat16" else 4) * base,
         "client_state_bytes": 4 * (adapter + 4 * trained + 2 * personal),
