@@ -233,6 +233,23 @@ def test_the_cosine_equals_a_long_gradient_descent(lam: float) -> None:
     assert np.linalg.norm(found) <= np.linalg.norm(mean.b) * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("lam", [1e-4, 1e-2, 1.0])
+def test_the_cosine_s_gradient_vanishes_whatever_the_scale(scale: float, lam: float) -> None:
+    """The cosine leaves the length free, so descent alone creeps where the penalty is small."""
+    _, mean, target = _parts(7, 4)
+    mean, target = Product(scale * mean.b, mean.a), scale * target
+    norm = float(np.linalg.norm(target))
+    found = _cosine(mean, target @ mean.a.T, norm, lam)
+    made = found @ mean.a
+    length = np.linalg.norm(made)
+    cosine = np.sum(target * made) / (norm * length)
+    pull = -(target / (norm * length) - cosine * made / length**2) @ mean.a.T
+    penalty: Any = 2 * lam * (found - mean.b)
+    assert np.linalg.norm(pull + penalty) < 1e-9 * max(lam * scale, 1 / float(length))
+    assert abs(np.sum(found * penalty)) < 1e-11 * lam * np.sum(found * found)
+
+
 def test_without_a_penalty_all_solvers_have_the_direction_of_the_target() -> None:
     played = _played(8, 4)
     for solver in ("ridge", "cosine", "cosine+norm"):

@@ -83,7 +83,8 @@ def _cosine(mean: Product, onto: Matrix, norm: float, lam: float) -> Matrix:
     """Return where the gradient of ``1 - cos(W, X A) + lam ||X - B||^2`` vanishes.
 
     ``norm`` is that of W. With ``alpha = 1 / (|W| |X A|)`` and ``beta = <W, X A> / |X A|^2`` it
-    vanishes at ``X (alpha beta M + 2 lam I) = alpha W A^T + 2 lam B``; half a step each time.
+    vanishes at ``X (alpha beta M + 2 lam I) = alpha W A^T + 2 lam B``; half a step each time, at
+    the length that the cosine leaves free: there ``<X, X - B>`` is zero.
     Without ``lam`` any multiple of ``W A^+`` does: that with the norm of ``B`` is returned, which
     gradient descent from ``B`` keeps.
     """
@@ -94,18 +95,27 @@ def _cosine(mean: Product, onto: Matrix, norm: float, lam: float) -> Matrix:
         best = _divided(onto, gram)
         length = float(np.linalg.norm(best))
         return best * (float(np.linalg.norm(mean.b)) / length) if length else np.asarray(mean.b)
-    x = np.asarray(mean.b)
+    values, turn = np.linalg.eigh(gram)
+    w, b = onto @ turn, mean.b @ turn  # along M's eigenvectors X is p W A^T + q B, column by column
+    ww, wb, bb = (np.sum(x * y, axis=0) for x, y in ((w, w), (w, b), (b, b)))
+    p, q = np.zeros(len(values)), np.ones(len(values))
     for _ in range(_STEPS):
-        squared = float(np.sum((x @ gram) * x))
+        squares = p * p * ww + 2 * p * q * wb + q * q * bb
+        squared = float(np.sum(values * squares))
         if squared <= 0:
             break
-        alpha, beta = 1 / (norm * np.sqrt(squared)), float(np.sum(onto * x)) / squared
-        left = alpha * beta * gram + 2 * lam * np.eye(len(gram))
-        change = (_divided(alpha * onto + 2 * lam * mean.b, left) - x) / 2
-        x = x + change
-        if np.linalg.norm(change) <= _ENOUGH * np.linalg.norm(x):
+        alpha, beta = 1 / (norm * np.sqrt(squared)), float(np.sum(p * ww + q * wb)) / squared
+        left = alpha * beta * values + 2 * lam
+        more_p, more_q = (p + alpha / left) / 2, (q + 2 * lam / left) / 2
+        squares = more_p**2 * ww + 2 * more_p * more_q * wb + more_q**2 * bb
+        along = float(np.sum(more_p * wb + more_q * bb))
+        length = along / np.sum(squares) if along > 0 else 1.0  # below: not yet on B's side
+        more_p, more_q = more_p * length, more_q * length
+        moved = np.sum((more_p - p) ** 2 * ww) ** 0.5 + np.sum((more_q - q) ** 2 * bb) ** 0.5
+        p, q = more_p, more_q
+        if moved <= _ENOUGH * length * np.sum(squares) ** 0.5:
             break
-    return x
+    return np.asarray((p * w + q * b) @ turn.T)
 
 
 def _scale(x: Matrix, a: np.ndarray, onto: Matrix) -> float:
