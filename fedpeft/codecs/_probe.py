@@ -39,5 +39,6 @@ def check(name: str, codec: Codec) -> None:
     if not (ratio := lost(codec)) < 1:
         raise SpecError(
             f"{name}: {describe(codec)} loses {ratio:.3g} times the norm of what it is given, so "
-            f"what is left to send would grow; use a codec that loses less, such as {name}(topk)"
+            f"what is left to send would grow; use one that is not scaled up to be unbiased, "
+            f"such as {name}(topk)"
         )
