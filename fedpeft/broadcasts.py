@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fedpeft.memory import NEVER
+from fedpeft.mirror import Mirror
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
 from fedpeft.state import ServerState
@@ -28,34 +29,48 @@ def messages(
     """Yield what each client of this round is sent; clients that are sent the same share a body.
 
     It may be less where they are ``training`` than to use the adapter. Clients that are ``remote``
-    keep the edits of the base and what never changes, and are sent what they miss of these. To
-    others all of it is at hand: it costs nothing to pass it on, and only what they would have
-    missed is counted.
+    keep the edits of the base, what never changes and what differences are to, and are sent what
+    they miss of these. To others all of it is at hand: it costs nothing to pass it on, and only
+    what they would have missed is counted.
     """
     bodies: dict[tuple[Tables, Held | None], Body] = {}
+
+    def made(own: Tables, held: Held | None) -> Body:
+        key = own, held
+        if key not in bodies:
+            bodies[key] = broadcast(plan, own, state, held)
+        return bodies[key]
+
     keep = remote and tables.keeps
     for client in clients:
         own = tables.of(client, state.round if training else None)
         held = Held.of(state, client)
-        key = own, held if keep else None
-        if key not in bodies:
-            bodies[key] = broadcast(plan, own, state, key[1])
-        spared = 0 if remote else held.spared(state)
-        yield client, bodies[key].seal(header(state, run, client, keep=keep), spared)
+        told = header(state, run, client, keep=keep)
+        if tables.differs and not remote:
+            instead = made(own, held).seal(header(state, run, client, keep=True))
+            yield client, made(own, None).seal(told, instead=instead)
+        else:
+            spared = 0 if remote else held.spared(state)
+            yield client, made(own, held if keep else None).seal(told, spared)
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a client has of what it was sent before: ranks of edits, and what never changes."""
+    """What a client has of what it was sent before: ranks of edits, and what never changes.
+
+    ``version`` is that of the tensors which differences are to, ``NEVER`` where none are sent.
+    """
 
     ranks: Sequence[int]
     once: bool
+    version: int = NEVER
 
     @classmethod
     def of(cls, state: ServerState, client: str) -> Held:
         """Return what follows from the last round in which the client's reply was used."""
         acknowledged = state.acks.get(client, NEVER)
-        return cls(state.fold.held(acknowledged), acknowledged != NEVER)
+        version = acknowledged if state.mirror.reaches(acknowledged) else NEVER
+        return cls(state.fold.held(acknowledged), acknowledged != NEVER, version)
 
     def spared(self, state: ServerState) -> int:
         """Return the bytes that this need not be sent."""
@@ -68,8 +83,13 @@ def broadcast(plan: Plan, tables: Tables, state: ServerState, held: Held | None 
 
     ``held`` is what they have already; by default nothing.
     """
-    expected = tables.down(state.round)
-    sections = _encoded(plan, tables, expected["adapter"], state)
+    expected, version = tables.down(state.round), held.version if held else NEVER
+    if not tables.differs:
+        sections = _encoded(plan, tables, expected["adapter"], state)
+    elif version == NEVER:
+        sections = {**tables.downlink.parts(state.mirror.tensors)}
+    else:
+        sections = {**state.mirror.since(version)}
     if "control" in expected:
         sections["control"] = plan.correction.broadcast(state.control)
     if "fold" in expected:
@@ -82,11 +102,23 @@ def broadcast(plan: Plan, tables: Tables, state: ServerState, held: Held | None 
 def header(state: ServerState, run: str, client: str, *, keep: bool = False) -> dict[str, Scalar]:
     """Return what only this client is told: the last round in which its reply was used.
 
-    ``keep`` has it remember the edits of the base that it is sent.
+    ``keep`` has it remember what it is sent of what it must hold later; ``since`` says that
+    it is sent differences, to what it held in that round.
     """
     found: dict[str, Scalar] = {"run": run, "round": state.round}
     found["ack"] = state.acks.get(client, NEVER)
+    if keep and Held.of(state, client).version != NEVER:
+        found["since"] = 1
     return found | ({"keep": 1} if keep else {})
+
+
+def moved(
+    plan: Plan, tables: Tables, before: Mirror, params: Tensors, round: int, known: Collection[int]
+) -> Mirror:
+    """Return what clients will hold in ``round`` where they are sent differences."""
+    if not tables.differs:
+        return before
+    return before.plus(tables.downlink, params, round, derive(plan.seed, round, "downlink"), known)
 
 
 def _encoded(plan: Plan, tables: Tables, shapes: Shapes, state: ServerState) -> dict[str, Tensors]:
@@ -98,7 +130,10 @@ def _encoded(plan: Plan, tables: Tables, shapes: Shapes, state: ServerState) -> 
 def as_decoded(plan: Plan, tables: Tables, state: ServerState) -> Sent:
     """Return the adapter as clients decode it: another one where the downlink loses."""
     down, up = tables.down(state.round)["adapter"], tables.up(state.round)["adapter"]
-    received = tables.downlink.decode(_encoded(plan, tables, down, state), down)
+    if tables.differs:
+        received: Tensors = {k: state.mirror.tensors[k] for k in down}
+    else:
+        received = tables.downlink.decode(_encoded(plan, tables, down, state), down)
     moving = {k: received[k] for k in up if k in received}
     still = {k: v for k, v in received.items() if k not in up}
     return Sent(moving, still, derive_seed(plan.seed, state.round, "aggregator"), state.kept)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from fedpeft.errors import RunError
 from fedpeft.evaluation import Best
 from fedpeft.folds import Fold
+from fedpeft.mirror import Mirror
 from fedpeft.state import ServerState
 from fedpeft.tensor_file import read_tensor_file, write_tensor_file
 from fedpeft.tensors import prefixed, select
@@ -39,6 +42,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, digest: str) -> None:
         **prefixed("fold", state.fold.tensors),
         **prefixed("kept", state.kept),
         **prefixed("once", state.once),
+        **prefixed("mirror", state.mirror.tensors),
+        **_flat(state.mirror),
         **prefixed("best", checkpoint.best_params),
     }
     note = {
@@ -46,6 +51,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, digest: str) -> None:
         "round": state.round,
         "acks": dict(state.acks),
         "fold": [[round, *ranks] for round, ranks in state.fold.ranks.items()],
+        "steps": [[v, state.mirror.sizes[v], *step] for v, step in state.mirror.steps.items()],
         "best": asdict(checkpoint.best),
         "line": dict(checkpoint.line),
     }
@@ -77,5 +83,20 @@ def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
     names = ("params", "slots", "control", "best", "fold", "kept", "once")
     params, slots, control, best, edits, kept, once = (select(tensors, name) for name in names)
     fold = Fold(edits, {round: ranks for round, *ranks in note.get("fold", [])})
-    state = ServerState(params, slots, control, note["acks"], note["round"], fold, kept, once)
+    mirror, known = Mirror(select(tensors, "mirror")), note.get("steps", [])
+    if known:
+        steps = {v: {s: select(tensors, f"step/{v}/{s}") for s in own} for v, _, *own in known}
+        mirror = replace(mirror, steps=steps, sizes={v: length for v, length, *_ in known})
+    state = ServerState(
+        params, slots, control, note["acks"], note["round"], fold, kept, once, mirror
+    )
     return Checkpoint(state, Best(**note["best"]), best, note["line"])
+
+
+def _flat(mirror: Mirror) -> Tensors:
+    """Return the arrays of the differences, each under its version and section."""
+    found: dict[str, NDArray[Any]] = {}
+    for version, step in mirror.steps.items():
+        for section, arrays in step.items():
+            found |= prefixed(f"step/{version}/{section}", arrays)
+    return found

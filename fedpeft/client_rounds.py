@@ -18,11 +18,13 @@ from fedpeft.grouping import Grouping
 from fedpeft.local_models import after_round
 from fedpeft.memory import Memory
 from fedpeft.plan import Plan
+from fedpeft.residuals import still_owed, with_owed
 from fedpeft.rng import derive, derive_seed
 from fedpeft.tables import Tables, limit
 from fedpeft.tensors import is_finite, narrowed, owned, padded, prefixed, select, shapes_of
 from fedpeft.types import (
     Asking,
+    Compensating,
     Example,
     Fit,
     Job,
@@ -71,8 +73,9 @@ class Client(Protocol):
 class Received:
     """A broadcast as a client holds it; ``tensors`` is all it has of the shared adapter.
 
-    ``kept`` is what the correction remembers, ``own`` what there is of a personal adapter,
-    ``remembered`` are the edits of the base, and what never changes, that it has to remember.
+    ``kept`` is what the correction remembers, ``own`` what there is of a personal adapter, ``owed``
+    what earlier updates lost, ``remembered`` are the edits of the base, what never changes and what
+    differences are to, that it has to remember.
     """
 
     told: Mapping[str, Scalar]
@@ -82,6 +85,7 @@ class Received:
     extras: Tensors
     kept: Tensors
     own: Tensors
+    owed: Tensors
     remembered: Tensors
 
 
@@ -99,9 +103,10 @@ def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Receiv
     if not 0 <= round < plan.rounds + 1:
         raise WireError(f"message is of round {round}, the plan has {plan.rounds}")
     tables = site.tables.of(client, round if training else None)
-    came = tables.decode(message, round)
     keep = bool(told.get("keep"))
     kept = memory.at(acknowledged, client) if keep or site.tables.remembers else {}
+    differs = (acknowledged, select(kept, "mirror")) if told.get("since") else None
+    came = tables.decode(message, round, differs)
     tensors = {**tables.part(site.initial), **select(kept, "local"), **came.adapter}
     if training:
         tensors |= tables.begin(client, round)
@@ -117,8 +122,13 @@ def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Receiv
         came.control,
         select(kept, "correction"),
         select(kept, "personal"),
-        {**prefixed("fold", fold), **prefixed("once", once)} if keep else {},
+        select(kept, "residual"),
+        _to_keep(fold=fold, once=once, mirror=came.mirror) if keep else {},
     )
+
+
+def _to_keep(**what: Tensors) -> Tensors:
+    return {f"{part}/{k}": v for part, tensors in what.items() for k, v in tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,10 +293,7 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: _Trained
         return Played(client, TrainError(why), memory)
     trained = plan.adapter.after_fit(own.tensors, got.tensors, round)
     delta = {k: _minus(trained[k], got.tensors[k]) for k in up["adapter"]}
-    coding = site.tables.of(client, round).uplink
-    sections = coding.encode(delta, derive(plan.seed, round, client, "uplink"))
-    followed = plan.correction.remembers or "control" in up
-    arrived = coding.decode(sections, up["adapter"]) if followed else delta
+    sections, arrived, owed = _encoded(plan, site, client, got, delta)
     local = Local(got.tensors, arrived, got.extras, got.kept, fit.lr_sums[at])
     extras_up, corrected = plan.correction.client_update(local)
     sections |= {"control": extras_up} if "control" in up else {}
@@ -298,13 +305,30 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: _Trained
     if site.tables.stores or got.remembered:
         kept = {k: trained[k].copy() for k in sorted(roles.local)}
         news = {**prefixed("local", kept), **prefixed("correction", corrected)}
-        news |= {**prefixed("personal", own.personal), **got.remembered}
+        news |= {**prefixed("personal", own.personal), **prefixed("residual", owed)}
+        news |= got.remembered
         if len(site.tables.phases) > 1:
             news |= prefixed(_TRAINED, {k: v.copy() for k, v in held.items()})
         memory = memory.after(got.acknowledged, round, news, once=_TRAINED)
-    return Played(
-        client, body(sections, coding.expected(up)).seal(_told_back(got, fit, at)), memory
-    )
+    expected = site.tables.of(client, round).uplink.expected(up)
+    return Played(client, body(sections, expected).seal(_told_back(got, fit, at)), memory)
+
+
+def _encoded(
+    plan: Plan, site: Client, client: str, got: Received, delta: Tensors
+) -> tuple[dict[str, Tensors], Tensors, Tensors]:
+    """Return what is sent of an update, what arrives of it, and what the client owes then."""
+    tables = site.tables.of(client, got.round)
+    up, given = tables.up(got.round), with_owed(delta, got.owed)
+    sections = tables.uplink.encode(given, derive(plan.seed, got.round, client, "uplink"))
+    owing = plan.uplink if isinstance(plan.uplink, Compensating) else None
+    if not (owing or plan.correction.remembers or "control" in up):
+        return sections, delta, {}
+    arrived = tables.uplink.decode(sections, up["adapter"])
+    if owing is None:
+        return sections, arrived, {}
+    whole = site.tables.of(client).shapes
+    return sections, arrived, still_owed(owing, got.owed, given, arrived, whole)
 
 
 def _told_back(got: Received, fit: Fit, at: int) -> dict[str, Scalar]:

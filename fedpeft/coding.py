@@ -27,21 +27,22 @@ class Coding:
     def expected(self, sections: Mapping[str, Shapes]) -> dict[str, Shapes]:
         """Return what travels where the adapter is whole in ``sections``."""
         rest = {name: shapes for name, shapes in sections.items() if name != _ADAPTER}
-        return self._parts(sections[_ADAPTER]) | rest
+        return self.parts(sections[_ADAPTER]) | rest
 
     def encode(self, tensors: Tensors, rng: Rng) -> dict[str, Tensors]:
         """Return the sections to send."""
-        return {name: self.codec.encode(part, rng) for name, part in self._parts(tensors).items()}
+        return {name: self.codec.encode(part, rng) for name, part in self.parts(tensors).items()}
 
     def decode(self, sections: Mapping[str, Tensors], shapes: Shapes) -> Tensors:
         """Return the float32 tensors of these shapes. Raises ``WireError``."""
         found = dict[str, NDArray[Any]]()
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
-            for name, part in self._parts(shapes).items():
+            for name, part in self.parts(shapes).items():
                 found |= self.codec.decode(sections[name], part)
         return {name: found[name] for name in shapes}
 
-    def _parts(self, whole: Mapping[str, _Value]) -> dict[str, dict[str, _Value]]:
+    def parts(self, whole: Mapping[str, _Value]) -> dict[str, dict[str, _Value]]:
+        """Return the sections of what is not encoded."""
         head = {name: value for name, value in whole.items() if name in self.head}
         rest = {name: value for name, value in whole.items() if name not in head}
         return {_ADAPTER: rest, **({HEAD: head} if head else {})}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fedpeft import directions
 from fedpeft.defaults import DEFAULTS
 from fedpeft.errors import FedPeftError, PlanError
 from fedpeft.spec import build, describe, digest_of, nearest
@@ -103,6 +104,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         problems = [*_scalar_problems(self), *_part_problems(self)]
+        problems += directions.problems(self.uplink, self.downlink)
         if problems:
             raise PlanError(*problems)
 

@@ -19,7 +19,7 @@ from fedpeft.preflight import check, check_texts
 from fedpeft.state import start
 from fedpeft.tables import Tables
 from fedpeft.tensors import size
-from fedpeft.types import Folding, Scalar, Shapes, Tensors
+from fedpeft.types import Compensating, Folding, Scalar, Shapes, Tensors
 from fedpeft.wire import body
 
 _RUN = "0" * 32
@@ -43,6 +43,7 @@ class _Traffic:
     def __init__(self, plan: Plan, tables: Tables, clients: Sequence[str], cohort: float) -> None:
         self._plan, self._tables = plan, tables
         self.edits = _edits(plan, tables, clients, cohort)
+        self._share = min(1.0, cohort / len(clients)) if clients else 0.0
         self._found: dict[Tables, tuple[Size, Size]] = {}
         self._used: dict[Tables, Size] = {}
         self.asked, self.answered = _later(tables)
@@ -55,15 +56,35 @@ class _Traffic:
         """
         own = self._tables.of(client)
         if own not in self._found:
-            self._found[own] = self._mean(_down, client), self._mean(_up, client)
+            down = self._missed(range(self._plan.rounds)) or self._mean(_down, client)
+            self._found[own] = down, self._mean(_up, client)
         return self._found[own]
 
     def evaluating(self, client: str) -> Size:
         """Return the size of what a client is sent to evaluate, without ``edits``."""
         own = self._tables.of(client)
         if own not in self._used:
-            self._used[own] = _down(self._plan, own, 0)
+            after = [*_evaluated_after(self._plan)]
+            self._used[own] = self._missed(after) or _down(self._plan, own, 0)
         return self._used[own]
+
+    def _missed(self, rounds: Sequence[int]) -> Size | None:
+        """Return the mean size of the differences that a client has missed before these rounds.
+
+        All are asked as often; one that was never asked is sent the whole. ``None`` where no
+        differences are sent.
+        """
+        if not self._tables.differs:
+            return None
+        whole = _down(self._plan, self._tables, 0, whole=True).bytes
+        first = _down(self._plan, self._tables, 0).bytes
+        adapter = 4 * size(self._tables.down(0)["adapter"].values())
+        step, total = first - (whole - adapter), 0.0
+        for at in rounds:
+            never = (1 - self._share) ** at
+            missed = (1 - never) / self._share if self._share else at
+            total += never * whole + (1 - never) * min(whole, first + (missed - 1) * step)
+        return Size(round(total / max(1, len(rounds))), exact=False)
 
     def _mean(self, measure: Callable[[Plan, Tables, int], Size], client: str) -> Size:
         """Return the mean over rounds; those in which the same travels are measured once."""
@@ -144,18 +165,25 @@ def _evaluation(plan: Plan, federation: Federation, traffic: _Traffic) -> int:
         return 0
     asked = evaluated_clients(plan, list(federation.train))
     each = sum(traffic.evaluating(client).bytes for client in asked)
-    after = {*range(plan.eval_every, plan.rounds + 1, plan.eval_every), plan.rounds}
+    after = _evaluated_after(plan)
     edits: float = sum(traffic.edits[t] for t in after)
     return each * len(after) + round(len(asked) * edits)
 
 
-def _down(plan: Plan, tables: Tables, round: int) -> Size:
+def _evaluated_after(plan: Plan) -> set[int]:
+    return {*range(plan.eval_every, plan.rounds + 1, plan.eval_every), plan.rounds}
+
+
+def _down(plan: Plan, tables: Tables, round: int, *, whole: bool = False) -> Size:
+    """Return the size of a broadcast; of differences one, unless the ``whole`` is meant."""
     expected = tables.down(round)
     state = start(plan, tables, _filled(tables.shapes, 0))
     told = header(state, _RUN, "")
 
     def packed(kind: int) -> int:
         sections = _encoded(tables.downlink, expected["adapter"], kind)
+        if whole:
+            sections = {**tables.downlink.parts(_filled(expected["adapter"], kind))}
         if "control" in expected:
             sections["control"] = _filled(expected["control"], kind)
         if "fold" in expected:
@@ -280,13 +308,17 @@ def _memory(found: Outline, shapes: Shapes, tables: Tables, plan: Plan) -> dict[
     trained = size(s for k, s in shapes.items() if k in tables.roles(0).train)
     personal = size(s for k, s in shapes.items() if k in tables.trained)
     personal *= plan.personal.when == "rounds"
+    owing = range(plan.rounds) if isinstance(plan.uplink, Compensating) else range(0)
+    owed = {name: shape for t in owing for name, shape in tables.up(t)["adapter"].items()}
     state = start(plan, tables, _filled(shapes, 0))
-    server = [*state.params.values(), *state.slots.values(), *state.control.values()]
+    held = [state.params, state.slots, state.control, state.mirror.tensors]
+    server = [value for tensors in held for value in tensors.values()]
     return {
         "base_bytes": (2 if plan.precision == "bfloat16" else 4) * base,
         "client_state_bytes": 4 * (adapter + 4 * trained + 2 * personal),
         "server_state_bytes": sum(value.nbytes for value in server),
         "personal_bytes": 4 * personal,
+        "residual_bytes": 4 * size(owed.values()),
     }
 
 
@@ -335,8 +367,11 @@ def as_text(found: Mapping[str, Any]) -> str:
             f"{memory['server_state_bytes'] / 1e6:,.2f} MB server state; activations not counted",
         ),
         *(
-            ("kept by a client", f"{kept / 1e6:,.2f} MB personal adapter, up to three times")
-            for kept in [memory["personal_bytes"]]
+            ("kept by a client", f"{kept / 1e6:,.2f} MB {what}, up to three times")
+            for what, kept in (
+                ("personal adapter", memory["personal_bytes"]),
+                ("that encoding has lost", memory["residual_bytes"]),
+            )
             if kept
         ),
         *(("warning", text) for text in found["warnings"]),

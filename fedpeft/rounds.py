@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedpeft.admission import admit, printable
-from fedpeft.broadcasts import as_decoded
+from fedpeft.broadcasts import as_decoded, moved
 from fedpeft.errors import PlanError, RunError, WireError
 from fedpeft.phases import Ask, Later, Reply, Sum, nobody
 from fedpeft.plan import Plan
@@ -77,12 +77,14 @@ def server_round(
     round, fold = state.round + 1, state.fold
     if tables.folds:
         fold = fold.plus(step.fold, round, {*acks.values()})
+    mirror = moved(plan, tables, state.mirror, params, round, {*acks.values()})
     metrics, sizes = _metrics(intake.used), Counter[str]()
     for update in intake.used:
         sizes.update(update.sizes)
     report = Report(intake.names, intake.refused, intake.up_bytes, metrics, sizes)
     control, kept = intake.control, step.kept
-    return ServerState(params, slots, control, acks, round, fold, kept, state.once), report
+    once = state.once
+    return ServerState(params, slots, control, acks, round, fold, kept, once, mirror), report
 
 
 class _Intake:

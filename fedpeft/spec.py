@@ -2,7 +2,7 @@
 
 A method is a frozen dataclass in ``fedpeft/<family>/<name>.py``. The file name is its name in a
 plan and the class has the same letters. ``"mypkg.robust:Median(beta=0.2)"`` reaches outside the
-package.
+package. A method that wraps another of its family takes it first: ``"feedback(topk | int8)"``.
 """
 
 from __future__ import annotations
@@ -58,8 +58,12 @@ PROTOCOLS: Mapping[str, Any] = {
 """Family to what its methods must be."""
 
 _T = TypeVar("_T")
-_PIECES = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[()\[\]{}|]""", re.DOTALL)
-"""What matters for cutting a chain: quoted text, brackets, bars."""
+_PIECES = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[()\[\]{}|,]""", re.DOTALL)
+"""What matters for cutting a chain, or a list of fields: quoted text, brackets, bars, commas."""
+_CALL = re.compile(r"\s*([A-Za-z_]\w*)\s*\((.*)\)\s*", re.DOTALL)
+_SPEC = re.compile(r"\s*[A-Za-z_][\w.]*\s*($|[(|:])")
+"""How a call looks, and how what is wrapped begins."""
+_WRAPPED = "wrapped"
 
 
 def bounded(
@@ -75,7 +79,14 @@ def bounded(
     return field(default=default, metadata={k: v for k, v in limits.items() if v is not None})
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, bounded))
+def wrapped() -> Any:
+    """Declare the field of a method that holds another one of its family; a spec has it first."""
+    return field(metadata={_WRAPPED: True})
+
+
+@dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(field, bounded, wrapped)
+)
 def method(cls: type[_T]) -> type[_T]:
     """Make ``cls`` a frozen, keyword-only dataclass whose fields are checked at construction.
 
@@ -97,15 +108,18 @@ def build(family: str, spec: str) -> Any:
     Raises ``SpecError`` with the nearest spelling where a name or a field is unknown.
     """
     made = []
-    for stage in _stages(spec):
+    for stage in _cut(spec, "|"):
         outside, call = _split_module(stage)
         try:
+            call, inner = _unwrapped(family, outside, call)
             node = ast.parse(call.strip(), mode="eval").body
+        except SpecError:
+            raise
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise SpecError(
                 f"cannot read {spec[:200]!r}: write name, or name(field=value, ...)"
             ) from None
-        made.append(_make(family, outside, node))
+        made.append(_make(family, outside, node, inner))
     if len(made) == 1:
         return made[0]
     if "chain" not in names(family):
@@ -118,9 +132,10 @@ def describe(part: Any, *, full: bool = False) -> str:
     if hasattr(part, "stages"):
         return " | ".join(describe(stage, full=full) for stage in part.stages)
     given = {f.name: getattr(part, f.name) for f in fields(part) if f.init}
-    known = [f for f in fields(part) if f.init]
+    known = [f for f in fields(part) if f.init and _WRAPPED not in f.metadata]
     shown = [f for f in known if full or f.default is MISSING or given[f.name] != f.default]
-    inner = ", ".join(f"{f.name}={given[f.name]!r}" for f in shown)
+    inside = [describe(stage, full=full) for stage in _inside(part)]
+    inner = ", ".join([*inside, *(f"{f.name}={given[f.name]!r}" for f in shown)])
     module = type(part).__module__
     parts = module.split(".")
     own = parts[0] == "fedpeft" and len(parts) == 3
@@ -130,12 +145,11 @@ def describe(part: Any, *, full: bool = False) -> str:
 
 def digest_of(part: Any) -> str:
     """Return a digest of the source file of a method from outside the package, else nothing."""
-    if hasattr(part, "stages"):
-        return "".join(digest_of(stage) for stage in part.stages)
+    inside = "".join(digest_of(one) for one in getattr(part, "stages", _inside(part)))
     module = sys.modules[type(part).__module__]
     if module.__name__.startswith("fedpeft.") or not getattr(module, "__file__", None):
-        return ""
-    return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+        return inside
+    return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() + inside
 
 
 def names(family: str) -> list[str]:
@@ -166,18 +180,39 @@ def _split_module(stage: str) -> tuple[str, str]:
     return module, rest
 
 
-def _stages(spec: str) -> list[str]:
-    """Cut a chain at the bars outside brackets and quotes."""
-    stages, start, depth = list[str](), 0, 0
+def _cut(spec: str, at: str) -> list[str]:
+    """Cut at the bars, or commas, outside brackets and quotes."""
+    found, start, depth = list[str](), 0, 0
     for piece in _PIECES.finditer(spec):
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(piece[0], 0)
-        if piece[0] == "|" and depth == 0:
-            stages.append(spec[start : piece.start()])
+        if piece[0] == at and depth == 0:
+            found.append(spec[start : piece.start()])
             start = piece.end()
-    return [*stages, spec[start:]]
+    return [*found, spec[start:]]
 
 
-def _make(family: str, outside: str, node: ast.expr) -> Any:
+def _unwrapped(family: str, outside: str, call: str) -> tuple[str, dict[str, Any]]:
+    """Take the first argument out of a call where it is a spec: of a method that wraps another."""
+    if (found := _CALL.fullmatch(call)) is None:
+        return call, {}
+    try:
+        known = fields(find(family, found[1], outside))
+    except SpecError:  # said where the whole call is read
+        return call, {}
+    first, *rest = _cut(found[2], ",")
+    for name in (f.name for f in known if _WRAPPED in f.metadata):
+        spec = re.sub(rf"^\s*{name}\s*=(?!=)", "", first)
+        if _SPEC.match(spec):
+            return f"{found[1]}({','.join(rest)})", {name: build(family, spec)}
+    return call, {}
+
+
+def _inside(part: Any) -> list[Any]:
+    """Return what a method wraps, if it wraps another."""
+    return [getattr(part, f.name) for f in fields(part) if _WRAPPED in f.metadata]
+
+
+def _make(family: str, outside: str, node: ast.expr, inner: Mapping[str, Any]) -> Any:
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     if isinstance(call.func, ast.Constant) and call.func.value is None:
         call.func = ast.Name(id="none")  # "none" is a method, Python's None is not
@@ -188,7 +223,7 @@ def _make(family: str, outside: str, node: ast.expr) -> Any:
     known = [f.name for f in fields(cls) if f.init]
     if call.args:
         raise SpecError(f"{name}: name every value, as in {name}({(known or ['field'])[0]}=...)")
-    given: dict[str, Any] = {}
+    given = dict(inner)
     for keyword in call.keywords:
         if keyword.arg is None or keyword.arg not in known:
             word = keyword.arg or ""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedpeft.folds import Fold
+from fedpeft.mirror import Mirror
 from fedpeft.plan import Plan
 from fedpeft.tables import Tables
 from fedpeft.types import Tensors
@@ -23,6 +24,7 @@ class ServerState:
     fold: Fold = field(default_factory=Fold)
     kept: Tensors = field(default_factory=dict)
     once: Tensors = field(default_factory=dict)
+    mirror: Mirror = field(default_factory=Mirror)
 
     @property
     def tensors(self) -> Tensors:
@@ -36,4 +38,5 @@ def start(plan: Plan, tables: Tables, initial: Tensors) -> ServerState:
     slots, control = plan.optimizer.init(params), plan.correction.server_init(params)
     fold = Fold.empty(tables.shapes) if tables.folds else Fold()
     once = {name: initial[name] for name in tables.once}
-    return ServerState(params, slots, control, fold=fold, once=once)
+    mirror = Mirror(params) if tables.differs else Mirror()
+    return ServerState(params, slots, control, fold=fold, once=once, mirror=mirror)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from fedpeft import folds
+from fedpeft import folds, mirror
 from fedpeft.coding import Coding
 from fedpeft.errors import PlanError, WireError
 from fedpeft.plan import Plan
 from fedpeft.tensors import is_float32, narrowed, shapes_of, size
-from fedpeft.types import Asking, Folding, Narrowing, Restarting, Roles, Shapes, Tensors
+from fedpeft.types import (
+    Asking,
+    Compensating,
+    Differing,
+    Folding,
+    Narrowing,
+    Restarting,
+    Roles,
+    Shapes,
+    Tensors,
+)
 from fedpeft.wire import Body, Message, unpack
 
 
@@ -21,13 +31,15 @@ from fedpeft.wire import Body, Message, unpack
 class Broadcast:
     """What came down: the adapter's shared tensors, a correction's control state, missed edits.
 
-    ``once`` is empty where the server takes it to be held.
+    ``once`` is empty where the server takes it to be held. ``mirror`` is all that differences add
+    up to, where they are what is sent.
     """
 
     adapter: Tensors
     control: Tensors
     fold: Tensors
     once: Tensors
+    mirror: Tensors = field(default_factory=dict)
 
 
 class Tables:
@@ -136,21 +148,51 @@ class Tables:
         found |= {"fold": folds.longest(self.shapes)} if self.folds else {}
         return found | ({"once": self.once} if self.once else {})
 
-    def decode(self, message: Message | bytes, round: int) -> Broadcast:
+    def decode(
+        self, message: Message | bytes, round: int, held: tuple[int, Tensors] | None = None
+    ) -> Broadcast:
         """Decode a broadcast of ``round``; clients of one process share the last one's arrays.
 
-        Raises ``WireError`` for anything else.
+        ``held`` are the version, and its tensors, that differences are to, where such came. Raises
+        ``WireError`` for anything else.
         """
         key = message.body if isinstance(message, Message) else None
         if key is None or key is not self._last[0]:
             expected = self.down(round)
+            if self.differs:
+                expected = {**expected, "adapter": self.down(0)["adapter"]}
             sections = unpack(message, self.downlink.expected(expected), limit(expected)).sections
-            shared = self.downlink.decode(sections, expected["adapter"])
-            rest = [sections.get(name, {}) for name in ("control", "fold", "once")]
-            if rest[2] and (shapes_of(rest[2]) != self.once or not is_float32(rest[2])):
+            shared = self._shared(sections, round, expected["adapter"], held)
+            control, fold, once = (sections.get(name, {}) for name in ("control", "fold", "once"))
+            if once and (shapes_of(once) != self.once or not is_float32(once)):
                 raise WireError("frozen factors are not those of this plan")
-            self._last = key, Broadcast(shared, *rest)
+            its = {k: shared[k] for k in self.down(round)["adapter"]}
+            whole = shared if self.differs else {}
+            self._last = key, Broadcast(its, control, fold, once, whole)
         return self._last[1]
+
+    def _shared(
+        self,
+        sections: Mapping[str, Tensors],
+        round: int,
+        shapes: Shapes,
+        held: tuple[int, Tensors] | None,
+    ) -> Tensors:
+        """Return the adapter's tensors of a broadcast. Raises ``WireError``."""
+        if not self.differs:
+            return self.downlink.decode(sections, shapes)
+        sent = {name: sections[name] for name in self.downlink.expected({"adapter": shapes})}
+        if held is None:
+            return mirror.whole(sent, shapes)
+        version, tensors = held
+        if shapes_of(tensors) != shapes:
+            raise WireError("holds differences, and this client holds nothing to add them to")
+        return mirror.followed(self.downlink, tensors, sent, range(version + 1, round + 1))
+
+    @property
+    def differs(self) -> bool:
+        """Whether clients are sent what has changed of the adapter."""
+        return isinstance(self._plan.downlink, Differing)
 
     @cached_property
     def once(self) -> Shapes:
@@ -161,7 +203,7 @@ class Tables:
     @property
     def keeps(self) -> bool:
         """Whether clients on other machines have to remember what they were sent."""
-        return self.folds or bool(self.once)
+        return self.folds or bool(self.once) or self.differs
 
     @property
     def folds(self) -> bool:
@@ -172,7 +214,8 @@ class Tables:
     def remembers(self) -> bool:
         """Whether clients need what they kept in earlier rounds."""
         plan, own = self._plan, self.roles(0).local
-        return plan.correction.remembers or plan.personal.when == "rounds" or bool(own)
+        owing = isinstance(plan.uplink, Compensating)
+        return plan.correction.remembers or plan.personal.when == "rounds" or bool(own) or owing
 
     @property
     def stores(self) -> bool:

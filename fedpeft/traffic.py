@@ -23,7 +23,7 @@ class Traffic:
         """Count each message that is passed on."""
         for client, message in requests:
             self.bytes += message.nbytes
-            self.head_bytes += message.body.sizes.get(HEAD, 0)
+            self.head_bytes += message.sizes.get(HEAD, 0)
             yield client, message
 
     def waiting(self, answers: Iterator[Reply]) -> Iterator[Reply]:

@@ -643,6 +643,28 @@ class Codec(Protocol):
 
 
 @runtime_checkable
+class Compensating(Protocol):
+    """What a codec has besides whose sender adds to its input what was lost before.
+
+    Clients remember it, so it is for the uplink alone.
+    """
+
+    def owed(self, lost: Tensors) -> Tensors:
+        """Return what of ``lost``, input minus output, is added to the next input."""
+        ...
+
+
+@runtime_checkable
+class Differing(Protocol):
+    """What a codec has besides that is given what has changed at the sender, not what there is.
+
+    Receivers add what they decode to what they hold, so it is for the downlink alone.
+    """
+
+    of_differences: ClassVar[bool]
+
+
+@runtime_checkable
 class Weighting(Protocol):
     """``weighting/``: how much each update counts and what the sum is divided by."""
 

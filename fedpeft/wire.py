@@ -54,29 +54,40 @@ class Body:
     pieces: Sequence[memoryview]
     sizes: Mapping[str, int] = field(default_factory=dict)
 
-    def seal(self, header: Mapping[str, Scalar], spared: int = 0) -> Message:
+    def seal(
+        self, header: Mapping[str, Scalar], spared: int = 0, instead: Message | None = None
+    ) -> Message:
         """Return the message with this header. Raises ``WireError`` for one no receiver takes."""
         _check_header(header)
         head = _dump({"h": dict(header), "s": self.sections})
         if len(head) > _MAX_HEAD:
             raise WireError(f"head of {len(head)} bytes is longer than {_MAX_HEAD}")
-        return Message(head, self, spared)
+        return Message(head, self, spared, instead)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
     """A sealed packet that has not left this process: nothing is copied or summed until it does.
 
-    ``spared`` are bytes of it that a receiver on another machine would hold already.
+    ``spared`` are bytes of it that a receiver on another machine would hold already; ``instead`` is
+    what that one would be sent, where it is something else.
     """
 
     head: bytes
     body: Body
     spared: int = 0
+    instead: Message | None = None
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The bytes of each section, of what would be sent."""
+        return self.instead.sizes if self.instead else self.body.sizes
 
     @property
     def nbytes(self) -> int:
         """What it costs to send it: the length of ``bytes(message)``, but for what is spared."""
+        if self.instead:
+            return self.instead.nbytes
         return _PREAMBLE.size + len(self.head) + _length(self.body.pieces) - self.spared
 
     def __bytes__(self) -> bytes:

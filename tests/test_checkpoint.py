@@ -11,6 +11,7 @@ from fedpeft.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedpeft.errors import RunError
 from fedpeft.evaluation import Best
 from fedpeft.folds import Fold
+from fedpeft.mirror import Mirror
 from fedpeft.state import ServerState
 from fedpeft.types import Tensors
 
@@ -23,7 +24,9 @@ def checkpoint(round: int, value: float = 0.0) -> Checkpoint:
     kept = {"m.fold_B": params["b"] + 3}
     once = {"m.lora_A.weight": params["b"] + 4}
     slots, control = {"m/b": np.ones((2, 3))}, {"b": -params["b"]}
-    state = ServerState(params, slots, control, {"c": 0}, round, fold, kept, once)
+    step = {"adapter": {"b": params["b"].astype("f2")}, "head": {"gaps": np.arange(3, dtype="u1")}}
+    mirror = Mirror({"b": params["b"] + 5}, {round: step}, {round: 15})
+    state = ServerState(params, slots, control, {"c": 0}, round, fold, kept, once, mirror)
     return Checkpoint(state, Best(0.5, 1, 2), {"b": params["b"] + 1}, {"round": round - 1})
 
 
@@ -57,6 +60,11 @@ def test_all_of_the_state_comes_back(tmp_path: Path) -> None:
     assert {t: tuple(ranks) for t, ranks in after.state.fold.ranks.items()} == {0: (0,), 3: (2,)}
     assert same(after.state.kept, before.state.kept)
     assert same(after.state.once, before.state.once)
+    held, kept = after.state.mirror, before.state.mirror
+    assert same(held.tensors, kept.tensors)
+    assert (held.sizes, [*held.steps]) == ({3: 15}, [3])
+    assert [*held.steps[3]] == ["adapter", "head"]
+    assert all(same(held.steps[3][name], kept.steps[3][name]) for name in held.steps[3])
     assert (after.state.acks, after.state.round) == ({"c": 0}, 3)
     assert (after.best, after.line) == (Best(0.5, 1, 2), {"round": 2})
 
@@ -64,7 +72,7 @@ def test_all_of_the_state_comes_back(tmp_path: Path) -> None:
 def test_every_field_is_saved(tmp_path: Path) -> None:
     """A field that is added to the state and forgotten here would be lost on resume."""
     assert [f.name for f in dataclasses.fields(ServerState)] == [
-        *("params", "slots", "control", "acks", "round", "fold", "kept", "once")
+        *("params", "slots", "control", "acks", "round", "fold", "kept", "once", "mirror")
     ]
     assert [f.name for f in dataclasses.fields(Checkpoint)] == [
         *("state", "best", "best_params", "line")

@@ -21,6 +21,7 @@ import fedpeft
 from fedpeft.errors import FedPeftError, SpecError
 from fedpeft.plan import PARTS
 from fedpeft.spec import PROTOCOLS, build, describe, names
+from fedpeft.types import Codec
 
 ROOT = Path(fedpeft.__file__).parent
 OTHER_FOLDERS = {"models"}
@@ -28,6 +29,8 @@ OTHER_FOLDERS = {"models"}
 
 SAMPLES = {
     "codecs/chain": "raw | half",
+    "codecs/difference": "difference(raw | half)",
+    "codecs/feedback": "feedback(raw | half)",
     "data/csv": "csv(train='a.csv')",
     "data/embedded": "embedded(name='support')",
     "data/hub": "hub(name='org/name')",
@@ -73,9 +76,10 @@ def _with(method: str, field: str, text: str) -> str:
     """Return a spec of ``method`` whose ``field`` reads ``text``."""
     part = _default(method)
     given = {
-        f.name: repr(getattr(part, f.name))
+        f.name: repr(value) if not isinstance(value, Codec) else describe(value)
         for f in dataclasses.fields(part)
         if f.default is dataclasses.MISSING
+        for value in [getattr(part, f.name)]
     }
     inner = ", ".join(f"{k}={v}" for k, v in {**given, field: text}.items())
     return f"{method.partition('/')[2]}({inner})"
@@ -197,7 +201,8 @@ def test_describe_and_build_are_inverse(method: str) -> None:
         full = describe(part, full=True)
         assert build(family, full) == part
         assert describe(build(family, full), full=True) == full
-        assert all(f"{f.name}=" in full for f in dataclasses.fields(part) if f.name != "stages")
+        told = [f.name for f in dataclasses.fields(part) if f.name not in ("stages", "codec")]
+        assert all(f"{name}=" in full for name in told)
     if method not in SAMPLES:
         assert describe(_default(method)) == method.partition("/")[2]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -17,9 +18,11 @@ import numpy as np
 import pytest
 
 from fedpeft import Plan, simulate
+from fedpeft.codecs.raw import Raw
+from fedpeft.directions import problems
 from fedpeft.errors import PlanError
 from fedpeft.plan import PARTS
-from fedpeft.spec import names
+from fedpeft.spec import build, names
 from tests.pictures import image_lines
 from tests.tiny import support_files, tiny_bert, tiny_llama
 
@@ -76,8 +79,8 @@ LISTED: Mapping[str, list[str]] = {
     ],
     "correction": ["none", "fedprox(mu=0.1)", "scaffold"],
     "personal": ["none", "ditto", "tuned(steps=1, lr=0.01)"],
-    "uplink": ["raw", "raw | half"],
-    "downlink": ["raw", "half(dtype='bfloat16')"],
+    "uplink": ["raw", "raw | half", "feedback(topk(density=0.1) | int8)"],
+    "downlink": ["raw", "half(dtype='bfloat16')", "difference(topk(density=0.1) | int8)"],
     "cohort": ["everyone", "uniform(size=2)", "poisson(rate=0.6)"],
     "weighting": ["examples", "uniform", "uniform(denominator='expected')"],
     "aggregator": [
@@ -94,6 +97,18 @@ LISTED: Mapping[str, list[str]] = {
 }
 
 
+@lru_cache
+def _idle(line: str) -> frozenset[str]:
+    """Return the methods that are for the other way alone, or that others are made of."""
+    if line not in ("uplink", "downlink"):
+        return frozenset()
+    found = {"chain", "difference" if line == "uplink" else "feedback"}
+    if line == "downlink":
+        plain = set(names("codecs")) - {"chain", "difference", "feedback"}
+        found |= {name for name in plain if [*problems(Raw(), build("codecs", name))]}
+    return frozenset(found)
+
+
 def _options() -> dict[str, list[str]]:
     """Return the values of every line; a method that is not listed comes with its defaults."""
     found = {}
@@ -101,7 +116,7 @@ def _options() -> dict[str, list[str]]:
         if line == "data":
             continue
         listed = list(LISTED.get(line, []))
-        known = {text.partition("(")[0].strip() for text in listed} | {"chain"}
+        known = {text.partition("(")[0].strip() for text in listed} | _idle(line)
         found[line] = listed + [name for name in names(family) if name not in known]
     return found
 
@@ -225,8 +240,9 @@ def _problem(chosen: Mapping[str, str], lines: Mapping[str, Any]) -> str:
 def test_every_method_takes_part() -> None:
     for line, family in PARTS.items():
         if line != "data":
-            used = {v.partition("(")[0].strip() for v in OPTIONS[line] if "|" not in v}
-            assert used == set(names(family)) - {"chain"}
+            plain = [v for v in OPTIONS[line] if not re.match("[^(]*[|]", v)]
+            used = {v.partition("(")[0] for v in plain}
+            assert used == set(names(family)) - _idle(line)
 
 
 def test_pairs_that_are_refused_say_why_and_are_few() -> None:

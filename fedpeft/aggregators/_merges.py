@@ -49,6 +49,11 @@ def needs(space: Space) -> Mapping[str, str]:
     return _NEEDS[space]
 
 
+def offers(space: Space) -> Mapping[str, str]:
+    """Return what others must know of a merge in ``space``."""
+    return _products.REMAKES if space == "dense" else {}
+
+
 def refuses(space: Space) -> Mapping[str, str]:
     """Return what a merge in ``space`` refuses."""
     return {**_REFUSES, "entrywise": _products.REPLACES} if space == "dense" else _REFUSES

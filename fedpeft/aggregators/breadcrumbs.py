@@ -37,6 +37,11 @@ class Breadcrumbs:
             )
 
     @property
+    def offers(self) -> Mapping[str, str]:
+        """Whether the factors are made anew."""
+        return _merges.offers(self.space)
+
+    @property
     def needs(self) -> Mapping[str, str]:
         """Entries that mean the same at all clients."""
         return _merges.needs(self.space)

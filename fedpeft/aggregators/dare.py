@@ -29,6 +29,11 @@ class Dare:
     space: Space = "factor"
 
     @property
+    def offers(self) -> Mapping[str, str]:
+        """Whether the factors are made anew."""
+        return _merges.offers(self.space)
+
+    @property
     def needs(self) -> Mapping[str, str]:
         """Entries that mean the same at all clients."""
         return _merges.needs(self.space)

@@ -24,7 +24,10 @@ class FedSvd:
     turn within their own space. A function of the weighted sum alone; memory of one update.
     """
 
-    offers: ClassVar[Mapping[str, str]] = {"linear": "a function of the weighted sum alone"}
+    offers: ClassVar[Mapping[str, str]] = {
+        **_products.REMAKES,
+        "linear": "a function of the weighted sum alone",
+    }
     needs: ClassVar[Mapping[str, str]] = {
         "both-factors": _products.BOTH,
         "one-factor": "needs a factor common to all clients; use lora(train='B', send='both')",

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedpeft.errors import SpecError, WireError
 from fedpeft.spec import describe, method
 from fedpeft.tensors import shapes_of
-from fedpeft.types import Codec, Rng, Shapes, Tensors
+from fedpeft.types import Codec, Compensating, Differing, Rng, Shapes, Tensors
 
 _OF_ALL = ("linear-code", "unbiased-code")
 """What a chain is where every stage is; all else it is where one is."""
@@ -31,6 +31,10 @@ class Chain:
             raise SpecError("chain: write codec | codec")
         if any(isinstance(stage, Chain) for stage in self.stages):
             raise SpecError("chain: a chain is no stage of another; write all stages in one")
+        for stage in self.stages:
+            if isinstance(stage, Compensating | Differing):
+                name = describe(stage).partition("(")[0]
+                raise SpecError(f"chain: {name} wraps the whole chain: write {name}(codec | codec)")
         for stage in self.stages[:-1]:
             if not stage.values({"probe": (8, 8)}):
                 raise SpecError(f"chain: {describe(stage)} must come last")
