@@ -57,6 +57,13 @@ def test_only_the_presets_lines_differ() -> None:
     )
 
 
+@pytest.mark.parametrize("clients", CLIENTS)
+def test_all_methods_have_the_same_work_and_the_same_clients_asked(clients: int) -> None:
+    presets = [_plans.lines(name, clients) for name in KNOWN if _plans.available(name)]
+    for line in ("trainer", "cohort", "rounds", "clients", "partition", "model", "precision"):
+        assert len({str(lines[line]) for lines in presets}) == 1, line
+
+
 def test_what_names_a_run_is_pinned() -> None:
     """A change here makes every committed result one of other settings."""
     assert _plans.lines("ffa_lora", 50) == {

@@ -81,7 +81,10 @@ def available(name: str) -> bool:
 
 
 def lines(name: str, clients: int, scale: Scale = FULL) -> dict[str, Any]:
-    """Return the plan lines of a method's runs, all but the rate in the trainer and the seed."""
+    """Return the plan lines of a method's runs, all but the rate in the trainer and the seed.
+
+    The trainer and who is asked are the same for all, whatever the preset's paper did.
+    """
     base = {
         "model": "minilm",
         "precision": "bfloat16",
@@ -97,7 +100,8 @@ def lines(name: str, clients: int, scale: Scale = FULL) -> dict[str, Any]:
     }
     if name == CENTRAL:
         return {**base, **_preset_lines(KNOWN["fedit"]), **_central(clients, scale)}
-    return {**base, **_preset_lines(KNOWN[name]), "trainer": base["trainer"]}
+    same = {line: base[line] for line in ("trainer", "cohort")}
+    return {**base, **_preset_lines(KNOWN[name]), **same}
 
 
 def plan_of(given: Mapping[str, Any], lr: float, seed: int) -> Plan:
