@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from fedpeft.errors import SpecError
@@ -67,8 +68,8 @@ class Task:
 
     def quick(self) -> Task:
         """Return the same, so small that one sees it work."""
-        small = {"rounds": 2, "steps": 1, "length": 16}
-        return replace(self, **small, seeds=self.seeds[:2], rates=self.rates[1:2])  # type: ignore[arg-type]
+        seeds, rates = self.seeds[:2], self.rates[1:2]
+        return replace(self, rounds=2, steps=1, length=16, seeds=seeds, rates=rates)
 
 
 SST2 = Task(
@@ -138,7 +139,7 @@ LOSSY = (
     Code("topk_10_int8", "topk(density=0.1) | int8"),
     Code("topk_1", "topk(density=0.01)"),
     Code("topk_1_int8", "topk(density=0.01) | int8"),
-    # what is unbiased is larger than the update, and so is what it loses: feedback would grow
+    # what an unbiased codec loses is more than it was given, so feedback would grow
     Code("randk_5", "randk(density=0.05)", "randk(density=0.05, unbiased=False)"),
     Code("lowrank", "lowrank(bits=1.0)"),
     Code("seeds", "seeds(density=0.01)"),
@@ -148,6 +149,7 @@ CODES: Mapping[str, Code] = {code.name: code for code in (RAW, *LOSSY)}
 _FIELD, _NAME = re.compile(r"\w+=[^,)]*"), re.compile(r"[a-z_]\w*")
 
 
+@cache
 def lacks(uplink: str) -> str:
     """Return why the package cannot build a codec: a name that it has not, or a refusal."""
     known = names("codecs")
