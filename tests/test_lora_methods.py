@@ -10,22 +10,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from scipy import stats
 
-from fedpeft import simulate
 from fedpeft.errors import DataError, PlanError, RunError
-from fedpeft.federation import Federation, deal
 from fedpeft.preflight import check
 from fedpeft.spec import build
-from fedpeft.types import Splits
+from simulations._study import store as stores
+from simulations._study.store import Run, Store
 from simulations.lora_methods import __main__ as command
-from simulations.lora_methods import _interval, _pieces, _plans, _report, _runs, _work
+from simulations.lora_methods import _pieces, _plans, _report, _work
 from simulations.lora_methods._data import AgNews
-from simulations.lora_methods._pieces import Piece, Store
+from simulations.lora_methods._pieces import Piece
 from simulations.lora_methods._plans import CENTRAL, CLIENTS, KNOWN, METHODS, RATES
-from tests.tiny import support_plan
 
 AVAILABLE = [name for name in (CENTRAL, *KNOWN) if _plans.available(name)]
 FEDIT = Piece("fedit", 50)
@@ -96,7 +92,7 @@ def test_committed_results_are_those_of_the_present_settings() -> None:
     names = {piece.name for piece in _pieces.pieces()}
     for path in _pieces.RESULTS.glob("*.json"):
         assert path.stem in names
-        piece = _pieces.named(path.stem)
+        piece = stores.named(_pieces.pieces(), path.stem)
         runs = store.runs(piece)
         assert len({(r["lr"], r["seed"]) for r in runs}) == len(runs) > 0
 
@@ -124,7 +120,7 @@ def test_the_test_rows_are_drawn_once(shared: Callable[[str], Path]) -> None:
         AgNews(test_rows=7601).load()
 
 
-def fake(given: Mapping[str, Any], lr: float, seed: int) -> _runs.Run:
+def fake(given: Mapping[str, Any], lr: float, seed: int) -> Run:
     """A run whose held-out accuracy is best at the middle rate, and test accuracy at the last."""
     held = 0.8 - abs(math.log(lr / RATES[1])) / 100
     scores = {"held/accuracy": held, "held/loss": 1.0, "test/accuracy": 0.5 + lr + seed / 100}
@@ -133,8 +129,8 @@ def fake(given: Mapping[str, Any], lr: float, seed: int) -> _runs.Run:
     return {**run, **traffic, "personalised": "local" in given["adapter"]}
 
 
-def made(store: Store, piece: Piece, play: Callable[..., _runs.Run] = fake) -> list[_runs.Run]:
-    return list(_pieces.advance(store, piece, play, lambda: True))
+def made(store: Store, piece: Piece, play: Callable[..., Run] = fake) -> list[Run]:
+    return list(stores.advance(store, piece, play, lambda: True))
 
 
 def test_a_piece_tries_rates_then_runs_the_best_on_all_seeds(tmp_path: Path) -> None:
@@ -152,7 +148,7 @@ def test_a_piece_tries_rates_then_runs_the_best_on_all_seeds(tmp_path: Path) -> 
 def test_an_interrupted_piece_loses_the_run_under_way_only(tmp_path: Path) -> None:
     store, played = Store(tmp_path), list[tuple[float, int]]()
 
-    def stopped(given: Mapping[str, Any], lr: float, seed: int) -> _runs.Run:
+    def stopped(given: Mapping[str, Any], lr: float, seed: int) -> Run:
         played.append((lr, seed))
         if len(played) == 3:
             raise KeyboardInterrupt
@@ -161,7 +157,7 @@ def test_an_interrupted_piece_loses_the_run_under_way_only(tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         made(store, FEDIT, stopped)
     assert [r["lr"] for r in store.runs(FEDIT)] == [*RATES[:2]]
-    assert _pieces.missing(store, [FEDIT]) == {"fedit_50": f"rate {RATES[2]:g}"}
+    assert stores.missing(store, [FEDIT]) == {"fedit_50": f"rate {RATES[2]:g}"}
     made(store, FEDIT, stopped)
     assert played[2:4] == [(RATES[2], 0)] * 2
     assert len(set(played)) == len(played) - 1 == 5
@@ -169,12 +165,12 @@ def test_an_interrupted_piece_loses_the_run_under_way_only(tmp_path: Path) -> No
 
 def test_no_run_starts_once_time_is_up(tmp_path: Path) -> None:
     left = iter([True, True, False])
-    runs = list(_pieces.advance(Store(tmp_path), FEDIT, fake, lambda: next(left)))
+    runs = list(stores.advance(Store(tmp_path), FEDIT, fake, lambda: next(left)))
     assert len(runs) == 2
 
 
 def test_training_that_does_not_stay_finite_is_no_candidate(tmp_path: Path) -> None:
-    def broken(given: Mapping[str, Any], lr: float, seed: int) -> _runs.Run:
+    def broken(given: Mapping[str, Any], lr: float, seed: int) -> Run:
         bad = {"lr": lr, "seed": seed, "problem": "not finite"}
         return bad if lr == RATES[1] else fake(given, lr, seed)
 
@@ -211,7 +207,7 @@ def test_the_report_says_what_is_there_and_what_is_missing(tmp_path: Path) -> No
     store = Store(tmp_path)
     made(store, Piece("fedit", 3, contrast=True))
     made(store, Piece("fedsa_lora", 3))
-    list(_pieces.advance(store, Piece("rolora", 3), fake, iter([True] * 4 + [False]).__next__))
+    list(stores.advance(store, Piece("rolora", 3), fake, iter([True] * 4 + [False]).__next__))
     text = _report.write(store)
     assert text == (tmp_path / "table.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
@@ -230,7 +226,7 @@ def test_the_report_says_what_is_there_and_what_is_missing(tmp_path: Path) -> No
 
 
 def test_a_contrast_is_paired_by_seed(tmp_path: Path) -> None:
-    def better(given: Mapping[str, Any], lr: float, seed: int) -> _runs.Run:
+    def better(given: Mapping[str, Any], lr: float, seed: int) -> Run:
         run = fake(given, lr, seed)
         run["metrics"]["test/accuracy"] += 0.02 + 0.001 * (seed - 2)
         return run
@@ -245,71 +241,6 @@ def test_a_contrast_is_paired_by_seed(tmp_path: Path) -> None:
     assert "| +0.00 | +0.00 to +0.00 | no difference |" in text
 
 
-@pytest.mark.parametrize(
-    ("degrees", "wanted"), [(1, 12.706205), (2, 4.302653), (4, 2.776445), (30, 2.042272)]
-)
-def test_widths_are_those_of_tables(degrees: int, wanted: float) -> None:
-    differences = list(np.random.default_rng(0).normal(0.3, 1, degrees + 1))
-    found, error = _interval.paired(differences), np.std(differences, ddof=1) / (degrees + 1) ** 0.5
-    assert (found.high - found.mean) / error == pytest.approx(wanted, abs=1e-6)
-
-
-def test_intervals_are_those_of_a_paired_test() -> None:
-    rng = np.random.default_rng(0)
-    for count in range(2, 12):
-        for level in (0.5, 0.95, 0.999):
-            left, right = rng.normal(0.3, 1, count), rng.normal(0, 1, count)
-            wanted = stats.ttest_rel(left, right).confidence_interval(level)
-            found = _interval.paired(list(left - right), level)
-            assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
-            assert found.mean == pytest.approx((left - right).mean())
-
-
-def test_verdicts() -> None:
-    assert _interval.Interval(1.0, -0.1, 2.1).verdict == "no difference"
-    assert _interval.Interval(1.0, 0.1, 1.9).verdict == "higher"
-    assert _interval.Interval(-1.0, -1.9, -0.1).verdict == "lower"
-    with pytest.raises(ValueError, match="1 paired differences"):
-        _interval.paired([0.3])
-
-
-def test_held_out_records_are_pooled_over_clients() -> None:
-    splits = Splits(train=[{}] * 10, test=[], fingerprint="")
-    held = {"a": np.arange(1), "b": np.arange(1, 4)}
-    federation = Federation(splits, (), {"a": np.arange(4, 6), "b": np.arange(6, 10)}, held)
-    per_client = {"a": {"accuracy": 1.0, "loss": 2.0}, "b": {"accuracy": 1 / 3, "loss": 0.4}}
-    last = {"round": 3, "test/accuracy": 0.5, "per_client": per_client, "up_bytes": 7}
-    found = _runs.metrics(last, federation)
-    assert found == {"held/accuracy": 0.5, "held/loss": 0.8, "test/accuracy": 0.5}
-
-
-def test_the_majority_of_a_client_is_what_it_trains_on(bert: Path) -> None:
-    plan = support_plan(bert)
-    dealt = deal(plan)
-    labels = [str(label) for label in plan.task.labels(dealt.splits.train) or []]
-    right = sum(
-        labels[i] == max(sorted(own := [labels[j] for j in dealt.train[c]]), key=own.count)
-        for c in dealt.held
-        for i in dealt.held[c]
-    )
-    total = sum(map(len, dealt.held.values()))
-    found = _runs.majority(plan, dealt)
-    tests = [str(label) for label in plan.task.labels(dealt.splits.test or []) or []]
-    assert found["test"] == round(max(map(tests.count, tests)) / len(tests), 6)
-    assert found["held"] == pytest.approx(right / total, abs=0.11)  # ties may go either way
-
-
-def test_the_clock_changes_nothing(bert: Path) -> None:
-    plan = support_plan(bert, rounds=3)
-    clock = _runs.Clock(build("engine", "inline(group=2)"))
-    timed = simulate(plan, engine=clock, watch=clock)
-    plain = simulate(plan, engine="inline(group=2)")
-    for name, value in plain.tensors.items():
-        np.testing.assert_array_equal(timed.tensors[name], value)
-    seconds = sum(line["seconds"] for line in timed.history)
-    assert 0 < (clock.per_round() or 0) < seconds
-
-
 def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made(Store(tmp_path), FEDIT)
     assert command.main(["--list", "--results", str(tmp_path), "--piece", "fedit_50"]) == 0
@@ -321,12 +252,12 @@ def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_method_that_does_not_fit_does_not_cost_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(given: Mapping[str, Any], lr: float, seed: int) -> _runs.Run:
+    def refuse(given: Mapping[str, Any], lr: float, seed: int) -> Run:
         if "train='B'" in given["adapter"]:
             raise PlanError("aggregator: does not fit")
         return fake(given, lr, seed)
 
-    monkeypatch.setattr(_work, "_play", refuse)
+    monkeypatch.setattr(_work, "play", refuse)
     pieces = ["--piece", "ffa_lora_3", "--piece", "fedit_3", "--results", str(tmp_path)]
     assert command.main(pieces) == 1
     assert "ffa_lora_3: aggregator: does not fit" in capsys.readouterr().err

@@ -6,8 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from simulations.lora_methods._pieces import Piece, Store
-from simulations.lora_methods._plans import CENTRAL, CLIENTS, METHODS
+from simulations._study.store import Store
+from simulations.lora_methods._pieces import Piece
+from simulations.lora_methods._plans import CENTRAL, CLIENTS, METHODS, Scale
 
 GREY = "#666666"
 KINDS = {
@@ -17,7 +18,7 @@ KINDS = {
 """Shape, colour (Okabe and Ito's) and name of what is scored."""
 
 
-def draw(store: Store, path: Path) -> None:
+def draw(store: Store, scale: Scale, path: Path) -> None:
     """Write the plot. A method without results is marked as missing."""
     import matplotlib
 
@@ -30,7 +31,7 @@ def draw(store: Store, path: Path) -> None:
             1, len(CLIENTS), figsize=size, sharey=True, sharex=True, layout="constrained"
         )
         for axes, clients in zip(panels, CLIENTS, strict=True):
-            _panel(axes, store, clients)
+            _panel(axes, store, scale, clients)
         panels[0].set_yticks(range(len(METHODS)), [m.name for m in METHODS])
         panels[0].set_ylim(len(METHODS) - 0.5, -0.5)
         handles, labels = panels[0].get_legend_handles_labels()
@@ -40,12 +41,12 @@ def draw(store: Store, path: Path) -> None:
         pyplot.close(figure)
 
 
-def _panel(axes: Any, store: Store, clients: int) -> None:
+def _panel(axes: Any, store: Store, scale: Scale, clients: int) -> None:
     """Draw the points of one number of clients."""
     title = f"{clients} clients"
     points: dict[str, list[tuple[float, int]]] = {"test": [], "held": []}
     for place, method in enumerate(METHODS):
-        runs = store.scored(Piece(method.name, clients))
+        runs = store.scored(Piece(method.name, clients, False, scale))
         if not runs:
             across = axes.get_yaxis_transform()
             axes.text(0.02, place, "missing", color=GREY, va="center", transform=across)
@@ -59,7 +60,7 @@ def _panel(axes: Any, store: Store, clients: int) -> None:
     for name, (marker, colour, label) in KINDS.items():
         at = zip(*points[name], strict=True) if points[name] else ([], [])
         axes.plot(*at, marker, color=colour, label=label)
-    if central := store.scored(Piece(CENTRAL, clients)):
+    if central := store.scored(Piece(CENTRAL, clients, False, scale)):
         value = statistics.fmean(100 * run["metrics"]["test/accuracy"] for run in central)
         axes.axvline(value, color=GREY, linestyle="--", linewidth=1, label="centralised")
     axes.set(title=title, xlabel="accuracy (%), mean and range over seeds")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from fedpeft.durable import replace_file
-from simulations.lora_methods import _pieces, _plans, _plot
-from simulations.lora_methods._interval import paired
-from simulations.lora_methods._pieces import CONTRASTS, Contrast, Piece, Store
-from simulations.lora_methods._plans import CENTRAL, CLIENTS, METHODS
+from simulations._study.interval import paired
+from simulations._study.store import Store, missing
+from simulations._study.summary import spread
+from simulations.lora_methods import _plans, _plot
+from simulations.lora_methods._pieces import CONTRASTS, Contrast, Piece
+from simulations.lora_methods._plans import CENTRAL, CLIENTS, METHODS, Scale
 
 _NOTES = """\
 Accuracy in %, mean over seeds ± their standard deviation. `test`: the same {rows} test rows in
@@ -23,16 +25,15 @@ is the label that each client sees most.
 """
 
 
-def write(store: Store) -> str:
+def write(store: Store, scale: Scale = _plans.FULL) -> str:
     """Write ``table.md`` and ``accuracy.svg``; return the table."""
-    text = "\n".join(_text(store))
+    text = "\n".join(_text(store, scale))
     replace_file(store.folder / "table.md", [text.encode()], "result")
-    _plot.draw(store, store.folder / "accuracy.svg")
+    _plot.draw(store, scale, store.folder / "accuracy.svg")
     return text
 
 
-def _text(store: Store) -> Iterator[str]:
-    scale = store.scale
+def _text(store: Store, scale: Scale) -> Iterator[str]:
     yield "# LoRA methods on AG News\n"
     yield _NOTES.format(
         rows=scale.test_rows,
@@ -44,9 +45,9 @@ def _text(store: Store) -> Iterator[str]:
         yield f"## {clients} clients ({_plans.CLIENTS[clients]})\n"
         yield "| method | rate | test | held-out | MB up | MB down | server ms | seeds |"
         yield "|---|---|---|---|---|---|---|---|"
-        yield from _references(store, clients)
+        yield from _references(store, scale, clients)
         for method in METHODS:
-            yield _row(store, Piece(method.name, clients), method.name)
+            yield _row(store, Piece(method.name, clients, False, scale), method.name)
         yield ""
     yield "## Contrasts\n"
     yield (
@@ -58,27 +59,27 @@ def _text(store: Store) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for contrast in CONTRASTS:
         for clients in CLIENTS:
-            yield _contrast_row(store, contrast, clients)
+            yield _contrast_row(store, scale, contrast, clients)
     yield ""
 
 
-def _references(store: Store, clients: int) -> Iterator[str]:
+def _references(store: Store, scale: Scale, clients: int) -> Iterator[str]:
     """Yield the rows of the majority class and of the adapter trained on all records."""
-    found = [store.scored(Piece(m.name, clients)) for m in METHODS]
+    found = [store.scored(Piece(m.name, clients, False, scale)) for m in METHODS]
     by_seed = {run["seed"]: run["majority"] for runs in found for run in runs}
-    test, held = (_spread([100 * m[k] for m in by_seed.values()]) for k in ("test", "held"))
+    test, held = (spread([100 * m[k] for m in by_seed.values()]) for k in ("test", "held"))
     yield f"| majority class | | {test} | {held} | | | | {len(by_seed)} |"
-    yield _row(store, Piece(CENTRAL, clients), "centralised", travels=False)
+    yield _row(store, Piece(CENTRAL, clients, False, scale), "centralised", travels=False)
 
 
 def _row(store: Store, piece: Piece, label: str, travels: bool = True) -> str:
-    lacks = _pieces.missing(store, [piece]).get(piece.name, "")
+    lacks = store.missing(piece)
     runs = store.scored(piece)
     if not runs:
         return f"| {label} | **missing**: {lacks} | | | | | | 0 |"
     label += " \\*" if any(run["personalised"] for run in runs) else ""
-    test, held = (_spread([100 * run["metrics"][f"{k}/accuracy"] for run in runs]) for k in _SETS)
-    rate = f"{runs[0]['lr']:g}" + _edge(store, runs[0]["lr"])
+    test, held = (spread([100 * run["metrics"][f"{k}/accuracy"] for run in runs]) for k in _SETS)
+    rate = f"{runs[0]['lr']:g}" + _edge(piece, runs[0]["lr"])
     up, down, server = ("", "", "")
     if travels:
         up, down = (f"{statistics.fmean(r[k] for r in runs) / 1e6:.2f}" for k in _BYTES)
@@ -92,12 +93,12 @@ _SETS = ("test", "held")
 _BYTES = ("up_bytes", "down_bytes")
 
 
-def _contrast_row(store: Store, contrast: Contrast, clients: int) -> str:
-    sides = [Piece(name, clients, contrast=True) for name in (contrast.left, contrast.right)]
+def _contrast_row(store: Store, scale: Scale, contrast: Contrast, clients: int) -> str:
+    sides = [Piece(name, clients, True, scale) for name in (contrast.left, contrast.right)]
     head = f"| {clients} | {contrast.left} | {contrast.right} | {contrast.claims} |"
     left, right = (store.best(side) for side in sides)
-    shared = sorted({*left} & {*right} & {*store.scale.more_seeds})
-    lacks = "; ".join(f"{k}: {v}" for k, v in _pieces.missing(store, sides).items())
+    shared = sorted({*left} & {*right} & {*scale.more_seeds})
+    lacks = "; ".join(f"{k}: {v}" for k, v in missing(store, sides).items())
     if len(shared) < 2:
         return f"{head} | | **missing**: {lacks} |"
     which = "held" if any(r["personalised"] for r in (*left.values(), *right.values())) else "test"
@@ -108,17 +109,10 @@ def _contrast_row(store: Store, contrast: Contrast, clients: int) -> str:
     ends = f"{interval.low:+.2f} to {interval.high:+.2f}"
     told = interval.verdict
     if lacks:
-        told = f"{len(shared)} of {len(store.scale.more_seeds)} seeds; **missing**: {lacks}"
+        told = f"{len(shared)} of {len(scale.more_seeds)} seeds; **missing**: {lacks}"
     return f"{head} {interval.mean:+.2f} | {ends} | {told} |"
 
 
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
-def _edge(store: Store, rate: float) -> str:
-    rates = store.scale.rates
+def _edge(piece: Piece, rate: float) -> str:
+    rates = piece.rates
     return " †" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""

@@ -1,0 +1,1 @@
+"""Accuracy against uplink bytes, for every codec with and without error feedback."""
