@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path

@@ -8,8 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.codecs import _arrays, _flat, _mixed
-from fedpeft.codecs.topk import largest
+from fedpeft.codecs import _arrays, _flat, _mixed, _sparse
 from fedpeft.errors import SpecError
 from fedpeft.rng import derive_seed
 from fedpeft.spec import bounded, method
@@ -78,7 +77,7 @@ class Sketch:
                 part[~np.isfinite(found).all(axis=0)] = np.nan
         kept = min(len(vector), max(1, round(self.density * len(vector))))
         lost = np.ones(len(vector), np.bool_)
-        lost[largest(np.abs(vector), kept)] = False
+        lost[_sparse.largest(_sparse.magnitudes(vector), kept)] = False
         vector[lost] = 0
         return _flat.parted(vector, shapes)
 
