@@ -296,7 +296,7 @@ def test_what_is_not_finite_is_seen_through_every_chain(text: str) -> None:
         assert not np.isfinite(joined(coded(build("codecs", text), tensors))).all()
 
 
-@pytest.mark.parametrize("name", sorted({*names("codecs")} - {"chain"}))
+@pytest.mark.parametrize("name", sorted({*names("codecs")} - {"chain", "feedback", "difference"}))
 def test_values_are_the_floats_of_what_is_sent(name: str) -> None:
     codec = build("codecs", name)
     sent = codec.encode(GOOD, derive(0))

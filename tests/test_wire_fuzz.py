@@ -16,7 +16,7 @@ def _sound(tally: Tally) -> None:
     assert tally.slowest < SECONDS
     assert tally.largest <= 4
     assert 0 < tally.accepted < tally.mutants / 3
-    decoders = ("coded symbols", "positions", "array", "update is not finite", "level")
+    decoders = ("coded symbols", "a mask", "array", "update is not finite", "level")
     for start in decoders:
         assert any(reason.startswith(start) for reason in tally.reasons), start
 
