@@ -48,3 +48,22 @@ def shared() -> Callable[[str], Path]:
         return root / name
 
     return find
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Server and clients share this process but, as in real life, no base model."""
+    import torch
+
+    import client.app
+    from fedpeft.models import _base
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("FEDPEFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("fedpeft.site.load_base", _base.load_base.__wrapped__)
+    monkeypatch.setattr("fedpeft.flower._SLEEP", (0.0, 0.001))
+    yield
+    client.app._sites.clear()
+    client.app._deal.cache_clear()
+    torch.set_num_threads(threads)

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
-import client.app
 from fedpeft.broadcasts import as_decoded, messages
 from fedpeft.client_rounds import Asked, client_round, receive
 from fedpeft.coding import Coding
@@ -42,17 +40,7 @@ SGD = "plain(optimizer='sgd', lr=0.02, steps=2, batch=1)"
 TOPK = "difference(topk(density=0.02))"
 
 
-@pytest.fixture(autouse=True)
-def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Server and clients share this process but, as in real life, no base model."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("FEDPEFT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("fedpeft.flower._SLEEP", (0.0, 0.001))
-    yield
-    client.app._sites.clear()
-    client.app._deal.cache_clear()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("apart")
 
 
 def learner(width: int = WIDTH) -> Quadratic:

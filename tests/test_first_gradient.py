@@ -26,10 +26,10 @@ from fedpeft.preview import preview
 from fedpeft.site import Site
 from fedpeft.spec import build
 from fedpeft.state import start
-from tests.test_flower import FakeGrid, apart, config_of, serve
+from tests.test_flower import FakeGrid, config_of, serve
 from tests.tiny import support_files, support_plan, tiny_bert, tiny_llama
 
-__all__ = ["apart"]
+pytestmark = pytest.mark.usefixtures("apart")
 STEP = 1e-3
 
 

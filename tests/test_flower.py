@@ -3,14 +3,13 @@ from __future__ import annotations
 import json
 import random
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -40,7 +39,6 @@ from fedpeft.flower import (
     read_packet,
 )
 from fedpeft.flower_config import LINES, Settings, as_toml, read_config, run_config
-from fedpeft.models import _base
 from fedpeft.plan import Plan, read_lines
 from fedpeft.types import Tensors
 from fedpeft.wire import body
@@ -133,18 +131,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bert(tmp_path_factory.mktemp("tiny") / "bert")
 
 
-@pytest.fixture(autouse=True)
-def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Server and clients share this process but, as in real life, no base model."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("FEDPEFT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("fedpeft.site.load_base", _base.load_base.__wrapped__)
-    monkeypatch.setattr("fedpeft.flower._SLEEP", (0.0, 0.001))
-    yield
-    client.app._sites.clear()
-    client.app._deal.cache_clear()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("apart")
 
 
 def config_of(plan: Plan, **settings: Any) -> dict[str, Any]:
