@@ -6,9 +6,11 @@ says with three optional mappings from a trait to a reason::
 
     offers  = {"labels": "every record has one"}           # what others may rely on
     needs   = {"plain-sgd": "divides the update by lr"}    # some other part must offer it
-    refuses = {"masked": "needs each update by itself"}    # no other part may offer it
+    refuses = {"reads-single-updates": "adds noise to sums"}   # no other part may offer it
 
-``Plan`` compares them and knows no method by name.
+``Plan`` compares them and knows no method by name. What needs single clients' updates in the clear
+at the server, because their weighted sum is not enough, offers ``reads-single-updates``; what hides
+or noises updates refuses it. Aggregators to which the sum is enough offer ``linear``.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Median:
 
     scale: float = bounded(default=1.0, above=0)
 
-    refuses: ClassVar[dict[str, str]] = {"masked": "needs each update by itself"}
+    offers: ClassVar[dict[str, str]] = {"reads-single-updates": "sorts them"}
 
     def reduce(self, updates: Iterable[Update], sent: Sent, weights: Weights) -> Step:
         held = list(updates)

@@ -45,6 +45,12 @@ class Buffered(Schedule):
     overlaps: ClassVar[bool] = True
 
     @property
+    def offers(self) -> Mapping[str, str]:
+        """What compensation makes of updates."""
+        reads = {"reads-single-updates": "compensation squares each client's update"}
+        return reads if self.compensation else {}
+
+    @property
     def needs(self) -> Mapping[str, str]:
         """Who must not mind updates from older versions."""
         found = {

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 OFFERS: Mapping[str, str] = {
-    "keeps-updates": "a client's update counts in all later rounds, too, not in one"
+    "keeps-updates": "a client's update counts in all later rounds, too, not in one",
+    "reads-single-updates": "the server keeps each client's update by itself",
 }
 NEEDS: Mapping[str, str] = {
     "linear": "adds the mean of the last updates to the sum, so the step must be a function of "
     "it: use aggregator: mean"
 }
 REFUSES: Mapping[str, str] = {
-    "masked": "needs each client's update by itself: set masking: none",
     "asks": "keeps what travels as an update, and of the factors there are only answers: use "
     "aggregator: mean",
     "remakes": "an update of an earlier round belongs to factors that are made anew since: use "
