@@ -24,8 +24,6 @@ from fedpeft.rng import derive, derive_seed
 from fedpeft.tables import Tables, limit
 from fedpeft.tensors import is_finite, prefixed, select, shapes_of
 from fedpeft.types import (
-    Asking,
-    Compensating,
     Example,
     Learner,
     Local,
@@ -197,7 +195,7 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: Trained)
     sections, arrived, owed = _encoded(plan, site, client, got, plan.correction.outgoing(local))
     extras_up, corrected = plan.correction.client_update(replace(local, delta=arrived))
     sections |= {"control": extras_up} if "control" in up else {}
-    asking = plan.aggregator if isinstance(plan.aggregator, Asking) else None
+    asking = site.tables.asking
     of = asking.instead(site.tables.shapes) if asking else ()
     held = {k: trained[k] if k in trained else got.tensors[k] for k in of}
     if asking and "answer" in up:
@@ -241,7 +239,7 @@ def _encoded(
     tables = site.tables.of(client, got.round)
     up, given = tables.up(got.round), with_owed(delta, got.owed)
     sections = tables.uplink.encode(given, derive(plan.seed, got.round, client, "uplink"))
-    owing = plan.uplink if isinstance(plan.uplink, Compensating) else None
+    owing = tables.owing
     if not (owing or plan.correction.remembers or "control" in up):
         return sections, delta, {}
     arrived = tables.uplink.decode(sections, up["adapter"])
@@ -268,7 +266,7 @@ def _answered(plan: Plan, site: Client, asked: Asked) -> Played:
     phase, round = told.get("phase"), told.get("round")
     if not isinstance(phase, int) or not 0 < phase < len(phases):
         raise WireError(f"message is of phase {phase!r}, rounds have {len(phases)}")
-    if not isinstance(round, int) or not isinstance(plan.aggregator, Asking):
+    if not isinstance(round, int) or site.tables.asking is None:
         raise WireError("message asks for nothing that this plan has")
     trained = select(asked.memory.versions.get(round, {}), _TRAINED)
     if not trained:
@@ -278,7 +276,7 @@ def _answered(plan: Plan, site: Client, asked: Asked) -> Played:
     found = unpack(asked.message, question, limit(question)).sections["question"]
     if shapes_of(found) != phases[phase][0] or not is_finite(found):
         raise WireError("question has other names or shapes than this plan's, or is not finite")
-    made = plan.aggregator.answer(phase, trained, found, _seed(plan, round))
+    made = site.tables.asking.answer(phase, trained, found, _seed(plan, round))
     header: dict[str, Scalar] = {"run": told.get("run", ""), "round": round, "phase": phase}
     return Played(asked.client, body({"answer": made}, answer).seal(header), asked.memory)
 

@@ -116,9 +116,9 @@ class Tables:
     def up(self, round: int) -> dict[str, Shapes]:
         """What a reply of ``round`` holds."""
         if self._up[0] != round:
-            aggregator, up = self._plan.aggregator, self.roles(round).up
-            if isinstance(aggregator, Asking):
-                up -= {*aggregator.instead(self.shapes)}
+            up = self.roles(round).up
+            if self.asking:
+                up -= {*self.asking.instead(self.shapes)}
             shared = {k: s for k, s in self.shapes.items() if k in up}
             found = _sections(shared, self._plan.correction.extras_up(shared))
             _, answer = self.phases[0]
@@ -128,8 +128,19 @@ class Tables:
     @cached_property
     def phases(self) -> Sequence[tuple[Shapes, Shapes]]:
         """Questions and answers of each phase; one without either where nothing is asked."""
+        return self.asking.phases(self.shapes) if self.asking else [({}, {})]
+
+    @cached_property
+    def asking(self) -> Asking | None:
+        """The aggregator, where it asks for more than updates."""
         aggregator = self._plan.aggregator
-        return aggregator.phases(self.shapes) if isinstance(aggregator, Asking) else [({}, {})]
+        return aggregator if isinstance(aggregator, Asking) else None
+
+    @cached_property
+    def owing(self) -> Compensating | None:
+        """The uplink, where clients owe what earlier updates lost."""
+        uplink = self._plan.uplink
+        return uplink if isinstance(uplink, Compensating) else None
 
     def _narrower(self, shapes: Shapes) -> Tables:
         if "control" in self.down(0) or "control" in self.up(0):
@@ -189,7 +200,7 @@ class Tables:
             raise WireError("holds differences, and this client holds nothing to add them to")
         return mirror.followed(self.downlink, tensors, sent, range(version + 1, round + 1))
 
-    @property
+    @cached_property
     def differs(self) -> bool:
         """Whether clients are sent what has changed of the adapter."""
         return isinstance(self._plan.downlink, Differing)
@@ -205,7 +216,7 @@ class Tables:
         """Whether clients on other machines have to remember what they were sent."""
         return self.folds or bool(self.once) or self.differs
 
-    @property
+    @cached_property
     def folds(self) -> bool:
         """Whether rounds edit the base."""
         return isinstance(self._plan.aggregator, Folding)
@@ -213,9 +224,8 @@ class Tables:
     @cached_property
     def remembers(self) -> bool:
         """Whether clients need what they kept in earlier rounds."""
-        plan, own = self._plan, self.roles(0).local
-        owing = isinstance(plan.uplink, Compensating)
-        return plan.correction.remembers or plan.personal.when == "rounds" or bool(own) or owing
+        plan, own = self._plan, bool(self.roles(0).local or self.owing)
+        return plan.correction.remembers or plan.personal.when == "rounds" or own
 
     @property
     def stores(self) -> bool:

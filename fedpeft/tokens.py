@@ -37,6 +37,14 @@ class Column:
             return np.array(self.values[i], np.int64)
         return self.values[self.offsets[i] : self.offsets[i + 1]].astype(np.int64)
 
+    def several(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Return what some records have, where all have the same shape."""
+        found = self.values[rows]
+        if found.ndim == 1:
+            return found.astype(np.int64)
+        found.flags.writeable = False
+        return found
+
 
 class Tokens(Sequence[Example]):
     """Records in flat arrays. An example is made anew each time it is asked for.
@@ -116,6 +124,15 @@ class Rows(Sequence[Example]):
     def lengths(self) -> NDArray[np.int64]:
         """The number of tokens of each record [N]; no token is read."""
         return self._tokens.lengths_of(self._rows)
+
+    def several(self, chosen: NDArray[np.int64]) -> list[Example]:
+        """Return some examples; those of equal shapes are taken together, and are not kept."""
+        columns = self._tokens.columns
+        if any(column.offsets is not None for column in columns.values()):
+            return [self[i] for i in chosen.tolist()]
+        rows = self._rows[chosen]
+        found = [[*column.several(rows)] for column in columns.values()]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*found, strict=True)]
 
 
 def pack(pieces: Iterable[Sequence[Example]]) -> Tokens | None:

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft import site, token_cache
+from fedpeft.data._batching import longest, several
 from fedpeft.errors import DataError, RunError
 from fedpeft.federation import deal
 from fedpeft.models._base import load_tokenizer
@@ -103,6 +104,29 @@ def test_rows_are_a_sequence() -> None:
     assert view[0] is view[0], "trainers ask for the same example in every pass"
     assert view
     assert not tokens.rows(np.zeros(0, np.int64))
+
+
+@pytest.mark.parametrize("width", [0, 3])
+def test_several_are_the_same_as_one_by_one(width: int) -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (2, 3), np.uint8) for _ in range(RECORDS)]
+    kinds: dict[int, list[Example]] = {
+        0: [example(i) for i in range(RECORDS)],
+        3: [{"pixel_values": image, "labels": np.array(3)} for image in images],
+    }
+    packed = pack([kinds[width]])
+    assert packed is not None
+    rows, chosen = packed.rows(rng.permutation(RECORDS)), rng.integers(0, RECORDS, 7)
+    found = several(rows, chosen)
+    for ours, i in zip(found, chosen.tolist(), strict=True):
+        assert list(ours) == list(rows[i])
+        for name, array in rows[i].items():
+            assert ours[name].dtype == array.dtype
+            np.testing.assert_array_equal(ours[name], array)
+            assert width == 0 or array.ndim == 0 or not ours[name].flags.writeable
+    lengths = [len(rows[i].get("input_ids", [0])) for i in chosen.tolist()]
+    assert longest(rows, chosen) == longest([*rows], chosen) == max(lengths)
+    assert [e["labels"] for e in several([*rows], chosen)] == [e["labels"] for e in found]
 
 
 def test_an_example_shares_no_memory() -> None:

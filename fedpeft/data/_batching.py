@@ -23,6 +23,18 @@ def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
     return [length(example) for example in examples] if known is None else known.tolist()
 
 
+def several(examples: Sequence[Example], rows: NDArray[np.int64]) -> list[Example]:
+    """Return some of the examples, in the order of ``rows``; at once where that is known."""
+    together = getattr(examples, "several", None)
+    return [examples[i] for i in rows] if together is None else together(rows)
+
+
+def longest(examples: Sequence[Example], rows: NDArray[np.int64]) -> int:
+    """Return how many tokens the longest of some records has."""
+    known = getattr(examples, "lengths", None)
+    return max(length(examples[i]) for i in rows) if known is None else int(known[rows].max())
+
+
 def batches(
     lengths: Sequence[int], batch: int, rng: np.random.Generator, window: int = 50
 ) -> Iterator[NDArray[np.int64]]:

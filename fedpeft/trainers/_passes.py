@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpeft.data._batching import length
+from fedpeft.data._batching import longest, several
 from fedpeft.rng import derive_seed
 from fedpeft.stacking import taken
 from fedpeft.types import Batch, Job, Stacked
@@ -79,7 +79,7 @@ def _part(
     sums: NDArray[np.float64],
 ) -> Stacked:
     busy = [k for k, row in enumerate(rows) if len(row)]
-    lengths = [max(length(job.examples[k][i]) for i in rows[k]) for k in busy]
+    lengths = [longest(job.examples[k], rows[k]) for k in busy]
     passes = job.grouping.passes([len(rows[k]) for k in busy], lengths)
     order = [busy[i] for each in passes for i in each]
     sorted_params, sorted_fixed = taken(params, order), taken(job.fixed, order)
@@ -106,7 +106,7 @@ def _batch(
     records, shares = [], []
     for k in members:
         spare = height - len(rows[k])
-        records += [*(job.examples[k][i] for i in rows[k]), *[None] * spare]
+        records += [*several(job.examples[k], rows[k]), *[None] * spare]
         shares += [weights[k]] * len(rows[k]) + [0.0] * spare
     return job.learner.collate(records, shares)
 
