@@ -71,6 +71,21 @@ def test_what_names_a_run_is_pinned() -> None:
     }
 
 
+def test_lora_differs_in_what_is_trained_and_in_its_size() -> None:
+    pieces = [piece for piece in _pieces.pieces() if piece.setting.lora]
+    assert [piece.method for piece in pieces] == ["mean", "fedau_50", "scaffold_m"]
+    mean = pieces[0]
+    assert mean.name == "lora_ag_news_100_bernoulli_labels_mean"
+    assert (mean.rates, mean.seeds) == ((0.3, 1.0, 3.0), (0, 1, 2))
+    probe = Piece(_plans.Setting("ag_news", 100, "bernoulli", "labels"), "mean").settings
+    differ = {k for k in probe if probe[k] != mean.settings[k]}
+    assert differ == {"adapter", "data", "eval_every", "rounds", "task", "trainer"}
+    assert mean.settings["data"].endswith("Texts(name='ag_news', test=1000)")
+    assert mean.settings["trainer"] == "plain(optimizer='sgd', lr=LR, steps=2, batch=4)"
+    quick = [piece for piece in _pieces.pieces(_plans.QUICK) if piece.setting.lora]
+    assert quick[0].settings["rounds"] == _plans.QUICK.rounds
+
+
 @pytest.mark.parametrize("setting", FIRST, ids=lambda s: s.name)
 def test_plans_pass_the_preflight(setting: _plans.Setting, shared: Callable[[str], Path]) -> None:
     shared("cls/newsgroups20.train.jsonl.gz")
@@ -88,6 +103,9 @@ def test_a_quick_look_takes_some_rows(shared: Callable[[str], Path]) -> None:
     assert list(some.train) == list(Texts(name="ag_news", rows=30).load().train)
     assert some.fingerprint != every.fingerprint
     assert len(every.train) == 13654
+    tests = Texts(name="ag_news", test=30).load()
+    assert (len(tests.train), list(tests.test or ())) == (13654, list(some.test or ()))
+    assert len({some.fingerprint, every.fingerprint, tests.fingerprint}) == 3
 
 
 def test_committed_results_are_those_of_the_present_settings() -> None:
@@ -157,6 +175,9 @@ def test_a_report_of_nothing_names_every_piece(tmp_path: Path) -> None:
     text = _report.write(Store(tmp_path))
     assert text.count("| **missing**: not run |") == len(_pieces.pieces())
     assert (tmp_path / "accuracy.svg").exists()
+    lora = (tmp_path / "lora.md").read_text()
+    assert "LoRA on MiniLM, mean over seeds" in lora
+    assert lora.count("| **missing**: not run |") == 3
 
 
 def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

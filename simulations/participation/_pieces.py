@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from simulations.participation import _plans
-from simulations.participation._plans import METHODS, SETTINGS, Scale, Setting, methods
+from simulations.participation._plans import METHODS, SETTINGS, Scale, Setting, methods, scaled
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,4 +59,4 @@ class Piece:
 
 def pieces(scale: Scale = _plans.FULL) -> list[Piece]:
     """Return all pieces in the order in which they run."""
-    return [Piece(s, method.name, scale) for s in SETTINGS for method in methods(s)]
+    return [Piece(s, m.name, scaled(s, scale)) for s in SETTINGS for m in methods(s)]

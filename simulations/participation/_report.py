@@ -15,11 +15,11 @@ from simulations.participation._pieces import Piece
 from simulations.participation._plans import BASELINE, SETTINGS, TARGETS, Scale, Setting
 
 _NOTES = """\
-A linear probe on MiniLM's features, mean over seeds ± their standard deviation. `test`: accuracy
-in % on all test rows at the end; difference: to `{base}`, the mean of those who take part, paired
-over seeds, with a 95 % t interval that is not corrected for there being many. Worst decile: mean
-accuracy of the worst tenth of clients on their held-out records. Rounds and hours: until the test
-accuracy first reaches the target, by a simulated clock ({latency}), median over the
+{trained}, mean over seeds ± their standard deviation. `test`: accuracy in % on {test}
+test rows at the end; difference: to `{base}`, the mean of those who take part, paired over seeds,
+with a 95 % t interval that is not corrected for there being many. Worst decile: mean accuracy of
+the worst tenth of clients on their held-out records. Rounds and hours: until the test accuracy
+first reaches the target, by a simulated clock ({latency}), median over the
 seeds that reach it. Server: what it keeps between rounds, last updates of all clients on disk among
 it. Each method has the rate of {rates} that is best on the clients' held-out records of seed
 {seed}; † marks one at an edge of these. Bias: total variation between the labels behind a step and
@@ -32,11 +32,16 @@ _HEAD = (
 
 
 def write(store: Store, scale: Scale = _plans.FULL) -> str:
-    """Write ``table.md`` and ``accuracy.svg``; return the table."""
-    text = "\n".join(_text(store, scale))
-    replace_file(store.folder / "table.md", [text.encode()], "result")
+    """Write ``table.md``, ``lora.md`` and ``accuracy.svg``; return the tables."""
+    tables = {
+        "table.md": [setting for setting in SETTINGS if not setting.lora],
+        "lora.md": [setting for setting in SETTINGS if setting.lora],
+    }
+    texts = {name: "\n".join(_text(store, scale, own)) for name, own in tables.items()}
+    for name, text in texts.items():
+        replace_file(store.folder / name, [text.encode()], "result")
     _plot.draw(store, scale, store.folder / "accuracy.svg")
-    return text
+    return "\n".join(texts.values())
 
 
 def reached(course: Sequence[Sequence[float]], target: float) -> tuple[float, float] | None:
@@ -45,22 +50,25 @@ def reached(course: Sequence[Sequence[float]], target: float) -> tuple[float, fl
     return None if found is None else (found[0], found[1] / 3600)
 
 
-def _text(store: Store, scale: Scale) -> Iterator[str]:
+def _text(store: Store, scale: Scale, settings: Sequence[Setting]) -> Iterator[str]:
+    own = _plans.scaled(settings[0], scale)
     yield "# Who takes part\n"
     yield _NOTES.format(
         base=BASELINE.name,
+        trained=_plans.TRAINED[settings[0].lora],
+        test="all" if own.test is None else f"{own.test:,}",
         latency=_plans.LATENCY,
-        rates=", ".join(f"{lr:g}" for lr in scale.rates),
-        seed=scale.seeds[0],
+        rates=", ".join(f"{lr:g}" for lr in own.rates),
+        seed=own.seeds[0],
     )
-    for setting in SETTINGS:
-        pieces = [Piece(setting, method.name, scale) for method in _plans.methods(setting)]
+    for setting in settings:
+        pieces = [Piece(setting, method.name, own) for method in _plans.methods(setting)]
         found = {piece: store.scored(piece) for piece in pieces}
         yield f"## {setting.title}\n"
         yield from _facts(setting, [run for runs in found.values() for run in runs])
         yield _HEAD
         yield "|---" * (_HEAD.count("|") - 1) + "|"
-        base = store.best(Piece(setting, BASELINE.name, scale))
+        base = store.best(Piece(setting, BASELINE.name, own))
         for piece, runs in found.items():
             yield _row(store, piece, runs, base)
         yield ""
