@@ -13,10 +13,10 @@ def main(arguments: list[str] | None = None) -> int:
         name="lateness",
         results=_pieces.RESULTS,
         pieces=_pieces.pieces,
-        quick=("sync", "fedbuff"),
+        quick=("head_sync", "head_fedbuff"),
         play=_work.play,
         report=_report.write,
-        told=("test/accuracy", "test/f1", "held/accuracy"),
+        told=("test/accuracy", "test/f1", "test/recall", "held/accuracy"),
     )
     return command.main(study, arguments)
 

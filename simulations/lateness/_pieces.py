@@ -1,4 +1,4 @@
-"""What is run: one plan, of which only the lines about lateness differ."""
+"""What is run: one plan for each setting, of which only the lines about lateness differ."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.plan import Plan
+from simulations.lateness._data import RARE
 
 RESULTS = Path(__file__).parent / "results"
 COHORT, WORKING = 10, 20
@@ -30,39 +31,83 @@ METHODS: Mapping[str, Mapping[str, str]] = {
 }
 """Name to plan lines; a schedule without a name is one of a buffer."""
 
-LATENCY = "lognormal(median=60, sigma=0.5, slow=0.2, factor=10, stragglers='rarest')"
-"""The fifth of the clients that hold most of the rarest label take ten times as long."""
+LATENCY = "lognormal(median=60, sigma=0.5, slow=0.3, factor=10, stragglers='rarest')"
+"""The 30 % of the clients that hold most of the rarest label take ten times as long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is trained, by which plan lines; ``LR`` stands for the rate in them."""
+
+    name: str
+    title: str
+    lines: Mapping[str, Any]
+    quick: Mapping[str, Any]
+    """What a quick look does otherwise."""
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+
+def _task(length: int) -> str:
+    return f"simulations.lateness._task:Finding(place={RARE}, max_length={length})"
+
+
+SETTINGS = (
+    Setting(
+        "head",
+        "A linear probe on MiniLM's features",
+        {
+            "model": "minilm",
+            "precision": "bfloat16",
+            "task": _task(48),
+            "data": "simulations.lateness._data:Thinned(keep=0.25)",
+            "partition": "dirichlet(alpha=0.1)",
+            "clients": 100,
+            "adapter": "head",
+            "trainer": "plain(optimizer='sgd', lr=LR, steps=5, batch=16)",
+            "weighting": "uniform",
+            "rounds": 500,
+            "eval_every": 10,
+            "latency": LATENCY,
+        },
+        {
+            "task": _task(8),
+            "data": "simulations.lateness._data:Thinned(keep=0.25, rows=1000)",
+            "rounds": 4,
+            "eval_every": 2,
+        },
+        (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+        (0, 1, 2, 3, 4),
+    ),
+)
+"""A new one is one entry."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A method, with all its rounds or so few that one sees it work."""
+    """A method in a setting, with all its rounds or so few that one sees it work."""
 
-    name: str
+    setting: Setting
+    method: str
     quick: bool = False
+
+    def __hash__(self) -> int:
+        """Return that of the names: a setting's lines have none."""
+        return hash((self.name, self.quick))
+
+    @property
+    def name(self) -> str:
+        """Return the name, which is also that of the results file."""
+        return f"{self.setting.name}_{self.method}"
 
     @property
     def settings(self) -> dict[str, Any]:
         """Return its plan lines."""
-        rounds, steps, length = (2, 1, 16) if self.quick else (100, 8, 32)
-        lines = dict(METHODS[self.name])
+        lines = dict(METHODS[self.method])
         if "(" not in lines["schedule"] and lines["schedule"] != "sync":
             fields = f"size={COHORT}, concurrency={WORKING}, max_staleness=None"
             lines["schedule"] = f"buffered({fields}, {lines['schedule']})"
-        return {
-            "model": "minilm",
-            "task": f"classify(max_length={length})",
-            "data": 'jsonl(train="cls/trec6.train.jsonl.gz", test="cls/trec6.test.jsonl.gz")',
-            "partition": "dirichlet(alpha=0.1)",
-            "clients": 40,
-            "adapter": "lora(r=8, alpha=16, train='B', init='orthonormal')",
-            "trainer": f"plain(optimizer='sgd', lr=LR, steps={steps}, batch=8)",
-            "weighting": "uniform",
-            "rounds": rounds,
-            "eval_every": max(1, rounds // 20),
-            "latency": LATENCY,
-            **lines,
-        }
+        return {**self.setting.lines, **(self.setting.quick if self.quick else {}), **lines}
 
     @property
     def lacks(self) -> str:
@@ -72,12 +117,12 @@ class Piece:
     @property
     def rates(self) -> tuple[float, ...]:
         """Return those that are tried on the first seed, the same for every method."""
-        return (0.2,) if self.quick else (0.05, 0.2, 0.8)
+        return self.setting.rates[-2:-1] if self.quick else self.setting.rates
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """Return the seeds of the best rate."""
-        return (0, 1) if self.quick else (0, 1, 2, 3, 4)
+        return self.setting.seeds[:2] if self.quick else self.setting.seeds
 
     @property
     def chooser(self) -> Piece:
@@ -92,7 +137,7 @@ class Piece:
 
 def pieces(quick: bool = False) -> list[Piece]:
     """Return all pieces in the order in which they run."""
-    return [Piece(name, quick) for name in METHODS]
+    return [Piece(setting, method, quick) for setting in SETTINGS for method in METHODS]
 
 
 def plan_of(given: Mapping[str, Any], lr: float, seed: int) -> Plan:

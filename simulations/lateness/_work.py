@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedpeft.watching import Line
 from simulations._study.store import Run
 from simulations.lateness import _pieces
+
+if TYPE_CHECKING:
+    from fedpeft.watching import Line
+
+MEASURES = ("test/f1", "test/accuracy", "test/recall")
+"""What is kept of each evaluation, after its simulated seconds."""
 
 
 def play(given: Mapping[str, Any], lr: float, seed: int) -> Run:
@@ -24,10 +29,11 @@ def play(given: Mapping[str, Any], lr: float, seed: int) -> Run:
 def timed(history: Sequence[Line]) -> Mapping[str, Any]:
     """Return when the run was how good, in simulated seconds, and how stale its updates were.
 
-    ``curve`` has [clock, macro F1, accuracy] of each evaluation; ``staleness`` counts updates.
+    ``curve`` has [clock, macro F1, accuracy, recall of the rare label] of each evaluation;
+    ``staleness`` counts updates.
     """
-    measured = [line for line in history if "test/f1" in line]
-    curve = [[line["clock"], line["test/f1"], line["test/accuracy"]] for line in measured]
+    measured = [line for line in history if MEASURES[0] in line]
+    curve = [[round(float(line[k]), 5) for k in ("clock", *MEASURES)] for line in measured]
     stale = Counter[str]()
     for line in history:
         stale.update(line.get("staleness") or {"0": len(line["replied"])})
