@@ -119,8 +119,8 @@ SETTINGS = (
 class Scale:
     """How large every run is; :data:`QUICK` is there to see the whole thing work."""
 
-    rounds: int = 1000
-    every: int = 50
+    rounds: int = 500
+    every: int = 25
     steps: int = STEPS
     length: int | None = None
     rates: tuple[float, ...] = RATES
