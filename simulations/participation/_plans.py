@@ -9,7 +9,7 @@ from typing import Any
 from fedpeft.errors import FedPeftError
 from fedpeft.plan import Plan
 
-RATES = (0.3, 1.0, 3.0, 10.0)
+RATES = (3.0, 10.0, 30.0)
 SEEDS = (0, 1, 2, 3, 4)
 STEPS, BATCH = 5, 16
 GROUP = 32
@@ -130,10 +130,12 @@ class Scale:
     test: int | None = None
     """Test records, where not as many."""
     batch: int = BATCH
+    falls: bool = True
+    """Whether the learning rate falls to nothing over the run, in a line."""
 
 
 FULL = Scale()
-FULL_LORA = Scale(440, 55, 2, 24, (0.3, 1.0, 3.0), SEEDS[:3], test=1000, batch=4)
+FULL_LORA = Scale(440, 55, 2, 24, (0.3, 1.0, 3.0), SEEDS[:3], test=1000, batch=4, falls=False)
 """About 32,000 records trained on: 10 clients in a round, with 8 records or fewer each."""
 QUICK = Scale(4, 2, 1, 8, RATES[1:2], SEEDS[:2], 500)
 
@@ -156,6 +158,7 @@ def lines(setting: Setting, method: Method, scale: Scale = FULL) -> dict[str, An
     """Return the plan lines of a method's runs, all but the rate in the trainer and the seed."""
     length = scale.length or LENGTHS[setting.data]
     taken = {"rows": scale.rows, "test": scale.test}
+    fall = ", schedule='linear'" if scale.falls else ""
     some = "".join(f", {name}={count}" for name, count in taken.items() if count is not None)
     return {
         "model": "minilm",
@@ -165,7 +168,8 @@ def lines(setting: Setting, method: Method, scale: Scale = FULL) -> dict[str, An
         "partition": "dirichlet(alpha=0.1)",
         "clients": setting.clients,
         "adapter": ADAPTERS[setting.lora],
-        "trainer": f"plain(optimizer='sgd', lr=LR, steps={scale.steps}, batch={scale.batch})",
+        "trainer": f"plain(optimizer='sgd', lr=LR{fall}, steps={scale.steps}, "
+        f"batch={scale.batch})",
         "cohort": "everyone",
         "availability": setting.availability,
         "latency": LATENCY,
