@@ -60,12 +60,12 @@ def test_what_names_a_run_is_pinned() -> None:
         "partition": "dirichlet(alpha=0.1)",
         "clients": 250,
         "adapter": "head",
-        "trainer": "plain(optimizer='sgd', lr=LR, steps=5, batch=16)",
+        "trainer": "plain(optimizer='sgd', lr=LR, schedule='linear', steps=5, batch=16)",
         "cohort": "everyone",
         "availability": "bernoulli(rates='labels', mean=0.1, least=0.02, alpha=0.1)",
         "latency": "lognormal(median=60, sigma=0.5, devices=0.5)",
-        "rounds": 1000,
-        "eval_every": 50,
+        "rounds": 500,
+        "eval_every": 25,
         "evaluate": "clients,test",
         "weighting": "fedau(cutoff=50)",
     }
@@ -121,7 +121,7 @@ def test_committed_results_are_those_of_the_present_settings() -> None:
 def fake(given: Mapping[str, Any], lr: float, seed: int) -> Run:
     """A run whose accuracy is told by its method, rate and seed."""
     better = 0.05 if "fedau" in given["weighting"] else 0.0
-    accuracy = 0.7 + better + 0.01 * seed - 0.1 * abs(lr - 1.0)
+    accuracy = 0.7 + better + 0.01 * seed - 0.01 * abs(lr - 10.0)
     metrics = {
         "test/accuracy": accuracy + 0.05,
         "clients/accuracy_worst_decile": accuracy / 2,
@@ -153,9 +153,9 @@ def test_the_table_pairs_seeds_and_counts_to_the_target(tmp_path: Path) -> None:
     made(store, FEDAU)
     text = _report.write(store)
     rows = text.splitlines()
-    mean = "| mean | 1 | 77.0 ± 1.6 |  |  |  | 36.0 ± 0.8 |  |  | 0 of 5 | 0.25 | 6.2 | 5 |"
+    mean = "| mean | 10 | 77.0 ± 1.6 |  |  |  | 36.0 ± 0.8 |  |  | 0 of 5 | 0.25 | 6.2 | 5 |"
     assert mean in rows
-    fedau = next(r for r in rows if r.startswith("| fedau_50 | 1 | 82.0 ± 1.6 | +5.00 | +5.00 to"))
+    fedau = next(r for r in rows if r.startswith("| fedau_50 | 10 | 82.0 ± 1.6 | +5.00 | +5.00 to"))
     assert "| higher | 38.5 ± 0.8 | 100 | 1.5 | 5 of 5 | 0.25 |" in fedau
     assert "Majority class 25.0 %; target 80 %; 25.0 clients a round on average." in text
     assert "| known | **missing**: not run |" in text
@@ -184,7 +184,7 @@ def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     made(Store(tmp_path), MEAN)
     given = ["--list", "--results", str(tmp_path), "--piece"]
     assert command.main([*given, MEAN.name]) == 0
-    assert f"{MEAN.name}: 8 runs, best rate 1; complete" in capsys.readouterr().out
+    assert f"{MEAN.name}: 7 runs, best rate 10; complete" in capsys.readouterr().out
     assert command.main([*given, "ag_news_mean"]) == 2
     assert "there is no piece 'ag_news_mean'" in capsys.readouterr().err
 

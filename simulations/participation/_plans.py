@@ -168,8 +168,7 @@ def lines(setting: Setting, method: Method, scale: Scale = FULL) -> dict[str, An
         "partition": "dirichlet(alpha=0.1)",
         "clients": setting.clients,
         "adapter": ADAPTERS[setting.lora],
-        "trainer": f"plain(optimizer='sgd', lr=LR{fall}, steps={scale.steps}, "
-        f"batch={scale.batch})",
+        "trainer": f"plain(optimizer='sgd', lr=LR{fall}, steps={scale.steps}, batch={scale.batch})",
         "cohort": "everyone",
         "availability": setting.availability,
         "latency": LATENCY,
