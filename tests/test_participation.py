@@ -81,7 +81,9 @@ def test_lora_differs_in_what_is_trained_and_in_its_size() -> None:
     differ = {k for k in probe if probe[k] != mean.settings[k]}
     assert differ == {"adapter", "data", "eval_every", "rounds", "task", "trainer"}
     assert mean.settings["data"].endswith("Texts(name='ag_news', test=1000)")
-    assert mean.settings["trainer"] == "plain(optimizer='sgd', lr=LR, steps=2, batch=4)"
+    assert mean.settings["trainer"] == (
+        "plain(optimizer='sgd', lr=LR, schedule='linear', steps=2, batch=4)"
+    )
     quick = [piece for piece in _pieces.pieces(_plans.QUICK) if piece.setting.lora]
     assert quick[0].settings["rounds"] == _plans.QUICK.rounds
 

@@ -130,12 +130,10 @@ class Scale:
     test: int | None = None
     """Test records, where not as many."""
     batch: int = BATCH
-    falls: bool = True
-    """Whether the learning rate falls to nothing over the run, in a line."""
 
 
 FULL = Scale()
-FULL_LORA = Scale(440, 55, 2, 24, (0.3, 1.0, 3.0), SEEDS[:3], test=1000, batch=4, falls=False)
+FULL_LORA = Scale(440, 110, 2, 24, (0.3, 1.0, 3.0), SEEDS[:3], test=1000, batch=4)
 """About 32,000 records trained on: 10 clients in a round, with 8 records or fewer each."""
 QUICK = Scale(4, 2, 1, 8, RATES[1:2], SEEDS[:2], 500)
 
@@ -158,7 +156,6 @@ def lines(setting: Setting, method: Method, scale: Scale = FULL) -> dict[str, An
     """Return the plan lines of a method's runs, all but the rate in the trainer and the seed."""
     length = scale.length or LENGTHS[setting.data]
     taken = {"rows": scale.rows, "test": scale.test}
-    fall = ", schedule='linear'" if scale.falls else ""
     some = "".join(f", {name}={count}" for name, count in taken.items() if count is not None)
     return {
         "model": "minilm",
@@ -168,7 +165,8 @@ def lines(setting: Setting, method: Method, scale: Scale = FULL) -> dict[str, An
         "partition": "dirichlet(alpha=0.1)",
         "clients": setting.clients,
         "adapter": ADAPTERS[setting.lora],
-        "trainer": f"plain(optimizer='sgd', lr=LR{fall}, steps={scale.steps}, batch={scale.batch})",
+        "trainer": f"plain(optimizer='sgd', lr=LR, schedule='linear', steps={scale.steps}, "
+        f"batch={scale.batch})",
         "cohort": "everyone",
         "availability": setting.availability,
         "latency": LATENCY,
