@@ -246,7 +246,7 @@ def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     assert command.main([*given, "sst2_int8"]) == 0
     assert "sst2_int8: 0 runs, best rate 0.01; missing: not run" in capsys.readouterr().out
     assert command.main([*given, "sst2_int9"]) == 2
-    assert "there is no piece 'sst2_int9'; there is sst2_raw" in capsys.readouterr().err
+    assert "there is no piece 'sst2_int9'; did you mean 'sst2_int8'?" in capsys.readouterr().err
 
 
 def test_a_piece_brings_raw_and_one_that_fails_costs_no_other(

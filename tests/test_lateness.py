@@ -27,7 +27,7 @@ HEAD = SETTINGS[0]
 def fake(given: Mapping[str, Any], lr: float, seed: int) -> Run:
     """A run whose macro F1 grows to its end, faster where rounds overlap."""
     overlaps = given["schedule"].startswith("buffered")
-    end = 0.5 + 0.1 * overlaps + 0.01 * seed - abs(lr - 1.0)
+    end = 0.5 + 0.1 * overlaps + 0.01 * seed - 0.01 * abs(lr - 10.0)
     seconds = 3600.0 if overlaps else 7200.0
     curve = [[seconds * (i + 1), end * min(i + 1, 4) / 4, end, end / 2] for i in range(8)]
     stale = {"0": 6, "3": 2} if overlaps else {"0": 8}
@@ -119,11 +119,11 @@ def test_the_table_says_when_the_target_is_reached(
     rows = {r.split("`")[1]: r for r in _report.write(Store(tmp_path)).splitlines() if "| `" in r}
     assert len(rows) == len(METHODS)
     assert rows["sync"] == (
-        "| `sync` | 1 | 52.0 ± 1.6 | 26.0 ± 0.8 | 52.0 ± 1.6 | 16.0 ± 0.0 | 44.2 ± 1.3 "
+        "| `sync` | 10 | 52.0 ± 1.6 | 26.0 ± 0.8 | 52.0 ± 1.6 | 16.0 ± 0.0 | 44.2 ± 1.3 "
         "| 8.0 ± 0.0 (5 of 5) | 0.0, 0 |  |  | 5 |"
     )
     assert rows["fedbuff"] == (
-        "| `fedbuff` | 1 | 62.0 ± 1.6 | 31.0 ± 0.8 | 62.0 ± 1.6 | 8.0 ± 0.0 |  "
+        "| `fedbuff` | 10 | 62.0 ± 1.6 | 31.0 ± 0.8 | 62.0 ± 1.6 | 8.0 ± 0.0 |  "
         "| 4.0 ± 0.0 (5 of 5) | 0.8, 3 | +10.0 (+10.0 to +10.0) |  | 5 |"
     )
     assert "missing: not run" in rows["fedbuff_constant"]

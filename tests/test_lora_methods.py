@@ -246,7 +246,7 @@ def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     assert command.main(["--list", "--results", str(tmp_path), "--piece", "fedit_50"]) == 0
     assert "fedit_50: 5 runs, best rate 0.01; missing: seed 3, seed 4" in capsys.readouterr().out
     assert command.main(["--list", "--results", str(tmp_path), "--piece", "fedit_51"]) == 2
-    assert "there is no piece 'fedit_51'; there is fedit_50" in capsys.readouterr().err
+    assert "there is no piece 'fedit_51'; did you mean 'fedit_50'?" in capsys.readouterr().err
 
 
 def test_a_method_that_does_not_fit_does_not_cost_the_others(

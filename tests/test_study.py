@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +20,8 @@ from fedpeft.federation import Federation, deal
 from fedpeft.preflight import check
 from fedpeft.spec import build
 from fedpeft.types import Splits
-from simulations._study import interval, runs, summary
+from simulations._study import command, interval, runs, summary
+from simulations._study import store as stores
 from simulations._study.clock import Clock
 from tests.tiny import support_plan
 
@@ -113,3 +121,97 @@ def test_spreads() -> None:
     assert summary.spread([]) == ""
     assert summary.spread([1.25]) == "1.2"
     assert summary.spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
+
+
+# --- what is kept, and the command ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A piece without a plan."""
+
+    name: str = "one"
+    lacks: str = ""
+    rates: tuple[float, ...] = (1.0, 2.0)
+    seeds: tuple[int, ...] = (0, 1)
+    stage: int = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"rounds": 3}
+
+    @property
+    def chooser(self) -> Counted:
+        return self
+
+
+def counted(given: Mapping[str, Any], lr: float, seed: int) -> stores.Run:
+    return {"lr": lr, "seed": seed, "metrics": {"held/accuracy": lr, "held/loss": 1.0}}
+
+
+def study(folder: Path) -> command.Study:
+    return command.Study(
+        name="counted",
+        results=folder,
+        pieces=lambda _: [Counted()],
+        quick=("one",),
+        play=counted,
+        report=lambda *_: "a table",
+        told=("held/accuracy",),
+    )
+
+
+def test_the_command_says_what_was_run_and_where_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(study(tmp_path), []) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "one lr=1 seed=0: held/accuracy 1.0000"
+    assert len(said) == 4, "two rates and one more seed, and where they are"
+    assert said[-1] == f"runs and report: {tmp_path}"
+    assert command.main(study(tmp_path), []) == 0
+    assert capsys.readouterr().out.splitlines() == said[-1:], "nothing is repeated"
+
+
+def test_a_run_that_was_made_twice_is_kept_once(tmp_path: Path) -> None:
+    store = stores.Store(tmp_path)
+    for value in (0.25, 0.5):
+        store.keep(Counted(), {**counted({}, 1.0, 0), "told": value})
+    assert [run["told"] for run in store.runs(Counted())] == [0.5]
+
+
+@pytest.mark.parametrize("text", ["", '{"runs": [', "[]", '{"runs": 1, "settings": {}}', "{}"])
+def test_a_damaged_file_of_results_is_named(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.json").write_text(text)
+    assert command.main(study(tmp_path), ["--list"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'one.json'}: is no results file, or a damaged one")
+
+
+def test_jobs_are_one_or_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(study(tmp_path), ["--jobs", "0"])
+    assert stopped.value.code == 2
+    assert "argument --jobs: 0 is less than one" in capsys.readouterr().err
+
+
+def test_the_processes_of_a_command_that_is_killed_end_too(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from simulations._study.command import follow\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, get_context('spawn'), follow)\n"
+        "    print(pool.submit(os.getppid).result() == os.getpid(), flush=True)\n"
+        "    pool.submit(time.sleep, 600)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    line = [sys.executable, str(program)]
+    # it returns when the last process that holds the pipe has ended
+    done = subprocess.run(line, capture_output=True, text=True, env=env, timeout=120, check=False)
+    assert (done.stdout, done.returncode) == ("True\n", -signal.SIGKILL)

@@ -6,12 +6,13 @@ import argparse
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from fedpeft.durable import locked
@@ -74,13 +75,35 @@ def advance(store: Store, piece: Piece, play: Play, told: Sequence[str], end: fl
     return False
 
 
+def follow() -> None:
+    """Have this process end when the one that started it does, however that ends.
+
+    Otherwise one of a pool goes on when the command is killed, and runs what the next one runs too.
+    """
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _at_least_one(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{count} is less than one")
+    return count
+
+
 def _options(study: Study) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m simulations.{study.name}")
     parser.add_argument("--list", action="store_true", help="what is done and what is missing")
     parser.add_argument("--report", action="store_true", help="only write table and plot")
     parser.add_argument("--piece", action="append", default=[], help="run this one, or several")
     parser.add_argument("--minutes", type=float, default=1e6, help="start no run after so many")
-    parser.add_argument("--jobs", type=int, default=1, help="pieces at once, a core each")
+    parser.add_argument("--jobs", type=_at_least_one, default=1, help="pieces at once, a core each")
     parser.add_argument("--results", type=Path, default=study.results, help="the folder")
     parser.add_argument("--quick", action="store_true", help="a few pieces, seconds a run")
     return parser
@@ -99,8 +122,7 @@ def _do(study: Study, store: Store, options: argparse.Namespace) -> int:
             end = time.time() + 60 * options.minutes
             failed = _run(study, store, wanted, end, options.jobs)
     text = study.report(store, options.quick)
-    if options.quick:
-        print(text)
+    print(text if options.quick else f"runs and report: {store.folder}")
     return int(failed)
 
 
@@ -117,7 +139,7 @@ def _run(study: Study, store: Store, wanted: Sequence[Piece], end: float, jobs: 
         if jobs == 1:
             failed |= sum(map(advance, *given)) > 0
             continue
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), follow) as pool:
             failed |= sum(pool.map(advance, *given)) > 0
     return failed
 

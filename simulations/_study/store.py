@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from fedpeft.durable import replace_file
 from fedpeft.errors import RunError
+from fedpeft.spec import nearest
 
 Run = dict[str, Any]
 """What is kept of one run: its rate as ``lr``, its ``seed``, ``metrics`` or a ``problem``."""
@@ -65,11 +66,14 @@ class Store:
         self.folder = folder
 
     def runs(self, piece: Piece) -> list[Run]:
-        """Return a piece's finished runs. Raises ``RunError`` where they had other settings."""
+        """Return a piece's finished runs.
+
+        Raises ``RunError`` where they had other settings, or the file is no results file.
+        """
         path = self.folder / f"{piece.name}.json"
         if not path.exists():
             return []
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = _read(path)
         if not piece.lacks and held["settings"] != piece.settings:
             now, then = piece.settings, held["settings"]
             other = [k for k in sorted({*now, *then}) if now.get(k) != then.get(k)]
@@ -81,8 +85,10 @@ class Store:
         return found
 
     def keep(self, piece: Piece, run: Run) -> None:
-        """Add a run to its piece's file."""
-        runs = sorted([*self.runs(piece), run], key=lambda r: (r["seed"], r["lr"]))
+        """Add a run to its piece's file, in place of one with the same rate and seed."""
+        which = run["lr"], run["seed"]
+        others = [r for r in self.runs(piece) if (r["lr"], r["seed"]) != which]
+        runs = sorted([*others, run], key=lambda r: (r["seed"], r["lr"]))
         held = {"piece": piece.name, "settings": piece.settings, "runs": runs}
         text = json.dumps(held, indent=1, sort_keys=True) + "\n"
         replace_file(self.folder / f"{piece.name}.json", [text.encode()], "result")
@@ -159,9 +165,20 @@ def named(pieces: Sequence[_P], name: str) -> _P:
     """
     found = [piece for piece in pieces if piece.name == name]
     if not found:
-        known = ", ".join(dict.fromkeys(piece.name for piece in pieces))
-        raise RunError(f"there is no piece {name!r}; there is {known}")
+        known = list(dict.fromkeys(piece.name for piece in pieces))
+        raise RunError(f"there is no piece {name!r}{nearest(name, known)}")
     return found[-1]
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Return what a results file holds. Raises ``RunError`` where it is none."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(held["settings"], dict) and isinstance(held["runs"], list):
+            return dict(held)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise RunError(f"{path}: is no results file, or a damaged one; move it away, or restore it")
 
 
 def _quality(run: Run) -> tuple[float, float]:
