@@ -18,7 +18,7 @@ from fedpeft.evaluation import scored
 from fedpeft.export import write_adapter
 from fedpeft.federation import Federation, deal
 from fedpeft.first_gradient import public_splits
-from fedpeft.memory import InProcess, MemoryStore
+from fedpeft.memory import InProcess
 from fedpeft.models._base import fingerprint
 from fedpeft.one_round import Run, is_over, one_round
 from fedpeft.plan import Plan
@@ -112,10 +112,11 @@ def simulate(
 
 def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watch: Watch) -> Result:
     """Run the rounds that are left, export the adapter and write the final table."""
-    attendance, updates = Attendance(plan, site.federation.crowd(plan.seed)), _updates(folder)
+    attendance = Attendance(plan, site.federation.crowd(plan.seed))
+    stores = (folder.updates, folder.found) if folder else (InProcess(), InProcess())
     post = engine if isinstance(engine, Post) else Simulated(engine, attendance.seconds)
     name = folder.run if folder else uuid.uuid4().hex
-    run = Run(plan, site, engine, folder, watch, name, attendance, post, updates)
+    run = Run(plan, site, engine, folder, watch, name, attendance, post, *stores)
     found = folder.load() if folder else None
     at = found or Checkpoint(start(plan, site.tables, site.initial))
     post.start(at.clock)
@@ -138,18 +139,13 @@ def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watc
     return Result(plan, table, run.history, tensors, folder.path if folder else None)
 
 
-def _updates(folder: RunFolder | None) -> MemoryStore:
-    """Return where the server keeps the last update of each client, if it does."""
-    return folder.updates if folder else InProcess()
-
-
 def _rounds(run: Run, at: Checkpoint, board: Board) -> Checkpoint:
     plan, folder = run.plan, run.folder
     while not is_over(plan, at):
         at = one_round(run, at)
         if folder:
-            folder.memories.settle(at.line["replied"])
-            folder.updates.settle(at.line["replied"])
+            for store in (folder.memories, folder.updates, folder.found):
+                store.settle(at.line["replied"])
             folder.save(at)
         run.history.append(at.line)
         board.write(at.line)

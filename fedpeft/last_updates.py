@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedpeft.memory import Memory, MemoryStore
+from fedpeft.memory import Memory, MemoryStore, earlier
 from fedpeft.types import Tensors, Update, Weights
 
 
@@ -63,16 +63,11 @@ class Recall:
         return LastUpdates(tuple(self._clients), self._total)
 
     def _last(self, client: str) -> Tensors:
-        versions = self._versions(client)
+        versions = earlier(self._store, client, self._round)
         return versions[max(versions)] if client in self._clients else {}
 
-    def _versions(self, client: str) -> dict[int, Tensors]:
-        """Return what came before this round: later ones are of a course that was given up."""
-        held = self._store.load(client).versions
-        return {version: tensors for version, tensors in held.items() if version < self._round}
-
     def _keep(self, client: str, tensors: Tensors) -> None:
-        before = sorted(self._versions(client).items())[-1:]
+        before = sorted(earlier(self._store, client, self._round).items())[-1:]
         self._store.save(client, Memory({**dict(before), self._round: tensors}))
         self._clients[client] = None
 

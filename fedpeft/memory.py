@@ -75,6 +75,12 @@ class MemoryStore(Protocol):
         ...
 
 
+def earlier(store: MemoryStore, client: str, round: int) -> dict[int, Tensors]:
+    """Return what came before ``round``: later versions are of a course that was given up."""
+    held = store.load(client).versions
+    return {version: tensors for version, tensors in held.items() if version < round}
+
+
 class InProcess:
     """Memories that end with the process."""
 

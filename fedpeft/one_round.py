@@ -14,6 +14,7 @@ from fedpeft import events
 from fedpeft.attendance import Attendance
 from fedpeft.broadcasts import Bodies, messages
 from fedpeft.checkpoint import Checkpoint
+from fedpeft.conversion import Conversion
 from fedpeft.course import Course, in_order
 from fedpeft.diagnostics import Participation, label_bias, weighted
 from fedpeft.engine._base import Engine
@@ -28,7 +29,7 @@ from fedpeft.run_folder import RunFolder
 from fedpeft.site import Site
 from fedpeft.state import ServerState
 from fedpeft.traffic import WHOLE, Traffic, told
-from fedpeft.types import Flight, Tensors, Weights
+from fedpeft.types import Converting, Flight, Tensors, Weights
 from fedpeft.watching import Line, Watch
 from fedpeft.weighing import weighed
 from fedpeft.wire import Message
@@ -36,7 +37,11 @@ from fedpeft.wire import Message
 
 @dataclass
 class Run:
-    """A run under way; ``driver.drive`` builds one."""
+    """A run under way; ``driver.drive`` builds one.
+
+    ``updates`` are the last ones of the clients, ``found`` is what was found out about them, for
+    weightings and schedules that ask for it.
+    """
 
     plan: Plan
     site: Site
@@ -47,6 +52,7 @@ class Run:
     attendance: Attendance
     post: Post
     updates: MemoryStore = field(default_factory=InProcess)
+    found: MemoryStore = field(default_factory=InProcess)
     history: list[Line] = field(default_factory=list)
 
     @cached_property
@@ -102,15 +108,20 @@ def one_round(run: Run, at: Checkpoint) -> Checkpoint:
         answers = in_order(run.post.exchange(asked), clients, lambda done: tell(done, len(clients)))
         return sent.waiting(answers)
 
-    answers = sent.waiting(course.replies(list(weights.of), run.watch.client))
-    how = run.run, run.engine.population(), weights, answers, ask, course.versions, run.updates
-    after, report = server_round(plan, run.site.tables, state, *how)
+    answers, population = (
+        course.replies(list(weights.of), run.watch.client),
+        run.engine.population(),
+    )
+    conversion = Conversion(plan, run.site.learner.device, run.found, state.round, population)
+    how = run.run, population, weights, sent.waiting(answers), ask, course.versions, run.updates
+    after, report = server_round(plan, run.site.tables, state, *how, conversion.aged)
     after = replace(after, past=_past(state, course.stands.flying))
     if report.refused and not report.replied and report.up.of:
         client, reason = next(iter(report.refused.items()))
         raise RunError(f"round {state.round}: no reply could be used; {client}: {reason}")
     line = _line(run, course, report, sent, weights)
     line |= {"reachable": len(reachable), "participants": len(after.acks)}
+    line |= {"converted": conversion.count} if isinstance(plan.schedule, Converting) else {}
     line["server_seconds"] = round(time.perf_counter() - began - sent.waited, 3)
     line |= _evaluate(run, after)
     best, params = _best(plan, at, after, line)

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedpeft.admission import admit, printable
 from fedpeft.broadcasts import as_decoded, moved
+from fedpeft.conversion import Aged
 from fedpeft.diagnostics import Spread
 from fedpeft.errors import PlanError, RunError, WireError
 from fedpeft.last_updates import Recall
@@ -64,6 +65,7 @@ def server_round(
     ask: Ask = nobody,
     versions: Mapping[str, int] | None = None,
     store: MemoryStore | None = None,
+    aged: Aged | None = None,
 ) -> tuple[ServerState, Report]:
     """Decode and check each reply, aggregate, step.
 
@@ -71,9 +73,10 @@ def server_round(
     used counts as zero and is named in the report. ``ask`` brings the questions of later phases.
     ``versions`` says which of them each client was sent, by the time that its reply comes; by
     default the state's. ``store`` is where the server keeps last updates, for a weighting that is
-    :class:`Recalling`.
+    :class:`Recalling`. ``aged`` is what counts of stale updates; by default the schedule's word.
     """
-    intake = _Intake(plan, tables, state, run, population, weights, versions)
+    aged = aged or plan.schedule.aged
+    intake = _Intake(plan, tables, state, run, population, weights, versions, aged)
     stream, sent = intake.updates(replies), as_decoded(plan, tables, state)
     recall = _recall(plan, state, store, population)
     if recall:
@@ -116,8 +119,9 @@ class _Intake:
         population: Population,
         weights: Weights,
         versions: Mapping[str, int] | None,
+        aged: Aged,
     ) -> None:
-        self._plan, self._tables, self._state = plan, tables, state
+        self._plan, self._tables, self._state, self._of_age = plan, tables, state, aged
         self._population, self._weights = population, weights
         self._versions = {} if versions is None else versions
         self.told: Mapping[str, Scalar] = {"run": run, "round": state.round}
@@ -175,7 +179,7 @@ class _Intake:
         own = self._tables.of(update.client, version)
         then, now = (self._began(own, at) for at in (version, self._state.round))
         with np.errstate(over="ignore", invalid="ignore"):
-            aged = self._plan.schedule.aged(update, self._state.round - version, then, now)
+            aged = self._of_age(update, self._state.round - version, then, now)
         if not is_finite(aged.delta):
             raise WireError("update would not stay finite once it is compensated for its delay")
         return aged

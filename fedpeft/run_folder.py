@@ -8,6 +8,7 @@
     checkpoints/     the server's state, the newest two
     memory/          what clients keep (control variates, private heads)
     updates/         the last update of each client, where the weighting counts them
+    found/           what the schedule has found out about each client, to convert its updates
     adapter/         the result, as other tools load it
     compare.json     what the final table sets beside it, entry by entry
     result.json      the final table: the mark of a finished run
@@ -92,6 +93,11 @@ class RunFolder:
     def updates(self) -> OnDisk:
         """Where the server keeps the last update of each client."""
         return OnDisk(self.path / "updates", deferred=True)
+
+    @property
+    def found(self) -> OnDisk:
+        """Where the server keeps what the schedule has found out about each client."""
+        return OnDisk(self.path / "found", deferred=True)
 
     def load(self) -> Checkpoint | None:
         """Return the newest checkpoint, with the ledger brought to the same round.

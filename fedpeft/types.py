@@ -362,6 +362,27 @@ class Local:
     anchor: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """An update of an earlier version, and all that the server knows of how it was made.
+
+    ``then`` is what its client was sent of what moves, ``now`` what others are sent. The client
+    took ``steps`` steps of plain SGD at the rate ``lr``, on average, with the ``correction``.
+    ``kept`` is what was kept of this client the last time; ``seed`` belongs to this update alone,
+    and ``device`` is where the server computes.
+    """
+
+    update: Update
+    then: Tensors
+    now: Tensors
+    steps: int
+    lr: float
+    correction: Correction
+    kept: Tensors
+    seed: int
+    device: torch.device
+
+
 # --- torch side --------------------------------------------------------------------------------
 
 
@@ -1108,6 +1129,21 @@ class Schedule(Protocol):
         ``then`` is what its client was sent of what moves, ``now`` what others are sent.
         """
         return update
+
+
+@runtime_checkable
+class Converting(Protocol):
+    """What a schedule has besides that works out what a stale update would be from now.
+
+    It trains at the server, which keeps for it what it has found out about each client.
+    """
+
+    def converted(self, stale: Stale) -> tuple[Tensors | None, Tensors]:
+        """Return the ``delta`` from now, and what to keep of the client, float32.
+
+        Without one the update is :meth:`Schedule.aged`; with one it counts as if it were fresh.
+        """
+        ...
 
 
 @runtime_checkable

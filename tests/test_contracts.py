@@ -21,7 +21,6 @@ import fedpeft
 from fedpeft.errors import FedPeftError, SpecError
 from fedpeft.plan import PARTS
 from fedpeft.spec import PROTOCOLS, build, describe, names
-from fedpeft.types import Codec
 
 ROOT = Path(fedpeft.__file__).parent
 OTHER_FOLDERS = {"models"}
@@ -38,8 +37,12 @@ SAMPLES = {
     "data/imagefolder": "imagefolder(train='a')",
     "data/jsonl": "jsonl(train='a.jsonl')",
     "data/npz": "npz(file='a.npz')",
+    "schedules/inversion": "inversion(buffered)",
 }
 """Specs of the methods that have required fields."""
+
+WRAPPED = {"stages", "codec", "schedule"}
+"""Fields that hold other methods of the family; specs do not name them."""
 
 NO_PAPER = {
     *("codecs/chain", "codecs/half", "codecs/raw"),
@@ -84,7 +87,7 @@ def _with(method: str, field: str, text: str) -> str:
     """Return a spec of ``method`` whose ``field`` reads ``text``."""
     part = _default(method)
     given = {
-        f.name: repr(value) if not isinstance(value, Codec) else describe(value)
+        f.name: describe(value) if dataclasses.is_dataclass(value) else repr(value)
         for f in dataclasses.fields(part)
         if f.default is dataclasses.MISSING
         for value in [getattr(part, f.name)]
@@ -209,7 +212,7 @@ def test_describe_and_build_are_inverse(method: str) -> None:
         full = describe(part, full=True)
         assert build(family, full) == part
         assert describe(build(family, full), full=True) == full
-        told = [f.name for f in dataclasses.fields(part) if f.name not in ("stages", "codec")]
+        told = [f.name for f in dataclasses.fields(part) if f.name not in WRAPPED]
         assert all(f"{name}=" in full for name in told)
     if method not in SAMPLES:
         assert describe(_default(method)) == method.partition("/")[2]

@@ -33,7 +33,7 @@ LIGHT = [
         "durable",
         "preview",
     ),
-    *("directions", "mirror", "residuals", "events", "attendance", "diagnostics"),
+    *("directions", "mirror", "residuals", "events", "attendance", "diagnostics", "conversion"),
 ]
 """Modules, beside those of the families, that whoever only reads plans and packets needs."""
 SHARED = {

@@ -93,7 +93,10 @@ LISTED: Mapping[str, list[str]] = {
         *("hetlora(rank_normalise=True)", "lora_fair"),
     ],
     "optimizer": ["sgd", "sgd(lr=0.5, momentum=0.9)", "adam", "yogi", "adagrad"],
-    "schedule": ["sync", "sync(deadline=60, minimum=2, over=1.5)", "buffered(size=2)"],
+    "schedule": [
+        *("sync", "sync(deadline=60, minimum=2, over=1.5)", "buffered(size=2)"),
+        "inversion(buffered(size=2), dummies=4, iterations=3)",
+    ],
     "latency": ["none", "lognormal(slow=0.3, stragglers='rarest')"],
     "availability": [
         *("always", "always(dropout=0.3)", "bernoulli(mean=0.6, dropout=0.2)"),
@@ -265,7 +268,7 @@ def test_every_method_takes_part() -> None:
 def test_pairs_that_are_refused_say_why_and_are_few() -> None:
     possible = _possible()
     refused = [pair for pair in _pairs() if pair not in possible]
-    known = ({"adapter", "aggregator"}, {"adapter", "correction"})
+    known = ({"adapter", "aggregator"}, {"adapter", "correction"}, {"adapter", "schedule"})
     counted = [pair for pair in refused if {one for one, _ in pair} not in known]
     for one, other in refused:
         reason = _refusal(tuple(sorted((one, other))))
@@ -282,6 +285,13 @@ def test_an_aggregator_takes_the_adapters_it_has_a_meaning_for_and_no_other(
         a for a in OPTIONS["adapter"] if (("adapter", a), ("aggregator", aggregator)) in _possible()
     }
     assert taken == {*TAKES.get(aggregator, TAKES[aggregator.partition("(")[0]])}
+
+
+def test_conversion_takes_the_linear_probe_alone() -> None:
+    between = ("adapter", "schedule")
+    its = {(a[1], b[1]) for a, b in _possible() if (a[0], b[0]) == between}
+    (converting,) = (v for v in OPTIONS["schedule"] if v.startswith("inversion"))
+    assert {adapter for adapter, schedule in its if schedule == converting} == {"head"}
 
 
 @pytest.mark.parametrize("correction", OPTIONS["correction"])

@@ -33,7 +33,8 @@ class Head:
 
     max_group: ClassVar[int | None] = None
     offers: ClassVar[Mapping[str, str]] = {
-        "one-factor": "the weights themselves move: nothing that moves multiplies them"
+        "one-factor": "the weights themselves move: nothing that moves multiplies them",
+        "features": "one linear layer trains, on one vector per record",
     }
     needs: ClassVar[Mapping[str, str]] = {
         "labels": "trains a classification head, and this task has none; use adapter: lora"

@@ -37,7 +37,10 @@ class Classify:
     names: tuple[str, ...] | list[str] | str | None = None
     max_length: int | None = bounded(default=None, low=1)
 
-    offers: ClassVar[Mapping[str, str]] = {"labels": "every record has one"}
+    offers: ClassVar[Mapping[str, str]] = {
+        "labels": "every record has one",
+        "cross-entropy": "a record's loss is that of its label",
+    }
 
     def check(self) -> None:
         """Refuse explicit classes that are fewer than two or not distinct."""

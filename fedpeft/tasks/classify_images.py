@@ -32,7 +32,10 @@ class ClassifyImages:
     label: str = "label"
     names: tuple[str, ...] | list[str] | str | None = None
 
-    offers: ClassVar[Mapping[str, str]] = {"labels": "every record has one"}
+    offers: ClassVar[Mapping[str, str]] = {
+        "labels": "every record has one",
+        "cross-entropy": "a record's loss is that of its label",
+    }
     measures: ClassVar[Sequence[str]] = ("loss", "accuracy", "f1")
 
     def check(self) -> None:
