@@ -45,7 +45,7 @@ class Conversion:
         versions = earlier(self.store, client, self.round)
         kept = versions[max(versions)] if versions else {}
         delta, found = schedule.converted(self._stale(update, staleness, then, now, kept))
-        if is_finite(found):
+        if found and is_finite(found):
             newest = dict(sorted(versions.items())[-_KEPT:])
             self.store.save(client, Memory({**newest, self.round: found}))
         if delta is None or not is_finite(delta):
@@ -66,6 +66,7 @@ class Conversion:
         progress = version / plan.rounds, (version + 1) / plan.rounds
         return Stale(
             update,
+            staleness,
             then,
             now,
             steps,

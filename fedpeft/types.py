@@ -364,7 +364,7 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Stale:
-    """An update of an earlier version, and all that the server knows of how it was made.
+    """An update that began ``staleness`` versions ago, and what is known of how it was made.
 
     ``then`` is what its client was sent of what moves, ``now`` what others are sent. The client
     took ``steps`` steps of plain SGD at the rate ``lr``, on average, with the ``correction``.
@@ -373,6 +373,7 @@ class Stale:
     """
 
     update: Update
+    staleness: int
     then: Tensors
     now: Tensors
     steps: int
@@ -1142,6 +1143,7 @@ class Converting(Protocol):
         """Return the ``delta`` from now, and what to keep of the client, float32.
 
         Without one the update is :meth:`Schedule.aged`; with one it counts as if it were fresh.
+        Where there is nothing to keep, what was kept stays.
         """
         ...
 

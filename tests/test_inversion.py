@@ -72,7 +72,7 @@ class World:
     def stale(self, correction: str = "none", kept: Tensors | None = None) -> Stale:
         part: Correction = build("corrections", correction)
         update = Update("c", trained(self.then, self.x, self.y), 1.0, STEPS * LR)
-        return Stale(update, self.then, self.now, STEPS, LR, part, kept or {}, 7, CPU)
+        return Stale(update, 3, self.then, self.now, STEPS, LR, part, kept or {}, 7, CPU)
 
 
 def apart(a: Tensors, b: Tensors) -> float:
@@ -221,7 +221,7 @@ def test_it_counts_as_fresh_and_what_is_not_converted_by_its_age() -> None:
     trainer = f"plain(optimizer='sgd', lr={LR}, steps={STEPS})"
     lines = {
         **LATE,
-        "schedule": "inversion(buffered, iterations=150)",
+        "schedule": "inversion(buffered, iterations=150, beyond=2)",
         "trainer": trainer,
         "task": "classify",
     }
@@ -230,6 +230,9 @@ def test_it_counts_as_fresh_and_what_is_not_converted_by_its_age() -> None:
     conversion = Conversion(plan, CPU, store, 6, {"c": RECORDS})
     narrow = [{k: v.astype("f4") for k, v in each.items()} for each in (world.then, world.now)]
     update = replace(stale.update, delta={k: v.astype("f4") for k, v in stale.update.delta.items()})
+    young = conversion.aged(update, 2, *narrow)
+    assert (young.weight, conversion.count) == (3**-0.5, 0)
+    assert not store.load("c").versions
     found = conversion.aged(update, 3, *narrow)
     assert (found.weight, conversion.count) == (1.0, 1)
     assert apart(found.delta, update.delta) > 0.05

@@ -20,7 +20,8 @@ class Inversion(Schedule):
     The server looks for ``dummies``: features and soft labels on which the client's local training,
     simulated step by step from the version that it was sent, moves as its update says. What they
     make of the present model counts in the update's place, as if it were fresh. Steps of the
-    simulation take all dummies, where the client's take a batch.
+    simulation take all dummies, where the client's take a batch. Updates of up to ``beyond``
+    versions ago are left to ``schedule``.
 
     They are found by ``iterations`` of Adam, ``rate`` falling to a thousandth, from normal draws
     or, later, from the client's last ones, if they were right. ``scale`` is about what a feature's
@@ -35,6 +36,7 @@ class Inversion(Schedule):
     """
 
     schedule: Schedule = wrapped()
+    beyond: int = bounded(default=0, low=0)
     dummies: int = bounded(default=16, low=1)
     iterations: int = bounded(default=300, low=1)
     rate: float = bounded(default=0.05, above=0)
@@ -84,6 +86,8 @@ class Inversion(Schedule):
         from fedpeft.schedules import _unrolled
         from fedpeft.schedules._unrolled import Dummies
 
+        if stale.staleness <= self.beyond:
+            return None, {}
         delta, worse = stale.update.delta, False
         drawn = Dummies.drawn(stale, self.dummies, self.scale)
         if before := select(stale.kept, "dummies"):
