@@ -42,6 +42,8 @@ def admit(
     anchor, records = plan.correction.anchor(client, of[1], plan.seed), population[client]
     most = (1, records) if anchor else plan.trainer.budget(records)
     metrics, lr_sum = _report(told, *most)
+    if (inside := told.get("inside", 1)) not in (0, 1):
+        raise WireError(f"reply reports {inside!r} where 1 says that its update was not clipped")
     delta = own.uplink.decode(packet.sections, expected["adapter"])
     extras = packet.sections.get("control", {})
     if shapes_of(delta) != expected["adapter"] or shapes_of(extras) != expected.get("control", {}):
@@ -61,6 +63,7 @@ def admit(
         answer=answer,
         sizes=packet.sizes,
         anchor=anchor,
+        inside=bool(inside),
     )
 
 

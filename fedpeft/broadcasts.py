@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -112,6 +113,8 @@ def header(state: ServerState, run: str, client: str, *, keep: bool = False) -> 
     """
     found: dict[str, Scalar] = {"run": run, "round": state.round}
     found["ack"] = state.acks.get(client, NEVER)
+    if state.coins.clip < math.inf:
+        found["clip"] = state.coins.clip
     if keep and Held.of(state, client).version != NEVER:
         found["since"] = 1
     return found | ({"keep": 1} if keep else {})

@@ -15,6 +15,7 @@ from fedpeft.folds import Fold
 from fedpeft.last_updates import LastUpdates
 from fedpeft.learned import Learned
 from fedpeft.mirror import Mirror
+from fedpeft.releases import Coins
 from fedpeft.state import ServerState
 from fedpeft.tensor_file import read_tensor_file, write_tensor_file
 from fedpeft.tensors import prefixed, select
@@ -29,6 +30,7 @@ class Checkpoint:
     """The state after a round, the best adapter so far and the round's ledger line.
 
     ``clock`` is when the round was over, ``flying`` whose replies the next one waits for.
+    ``replied`` is who took part in it, which is not kept.
     """
 
     state: ServerState
@@ -37,6 +39,7 @@ class Checkpoint:
     line: Mapping[str, Any] = field(default_factory=dict)
     clock: float = 0.0
     flying: Sequence[Flight] = ()
+    replied: Sequence[str] = ()
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, digest: str) -> None:
@@ -70,8 +73,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, digest: str) -> None:
         "flying": [astuple(flight) for flight in checkpoint.flying],
         "past": list(state.past),
     }
+    private = bool(state.coins.key)
+    if private:
+        note["coins"] = {"key": state.coins.key.hex(), "clip": state.coins.clip}
     path = folder / f"state-{state.round:06d}.safetensors"
-    write_tensor_file(path, tensors, note, "checkpoint")
+    write_tensor_file(path, tensors, note, "checkpoint", private=private)
     drop_old(folder)
 
 
@@ -106,8 +112,10 @@ def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
     past = {at: select(tensors, f"past/{at}") for at in note.get("past", [])}
     acks, round = note["acks"], note["round"]
     last = LastUpdates(tuple(note.get("last", ())), select(tensors, "last"))
+    told = note.get("coins", {})
+    coins = Coins(bytes.fromhex(told["key"]), told["clip"]) if told else Coins()
     state = ServerState(
-        params, slots, control, acks, round, fold, kept, once, mirror, learned, last, past
+        params, slots, control, acks, round, fold, kept, once, mirror, learned, last, past, coins
     )
     flying = [Flight(*told) for told in note.get("flying", [])]
     clock = note.get("clock", 0.0)

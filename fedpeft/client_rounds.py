@@ -22,7 +22,7 @@ from fedpeft.plan import Plan
 from fedpeft.residuals import still_owed, with_owed
 from fedpeft.rng import derive, derive_seed
 from fedpeft.tables import Tables, limit
-from fedpeft.tensors import is_finite, prefixed, select, shapes_of
+from fedpeft.tensors import clipped, is_finite, norm, prefixed, select, shapes_of
 from fedpeft.types import (
     Example,
     Learner,
@@ -192,7 +192,8 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: Trained)
     if not own.anchor:
         trained = plan.adapter.after_fit(trained, got.tensors, round)
     local = _local(site, got, own, trained, up["adapter"])
-    sections, arrived, owed = _encoded(plan, site, client, got, plan.correction.outgoing(local))
+    outgoing, inside = _clipped(got, plan.correction.outgoing(local))
+    sections, arrived, owed = _encoded(plan, site, client, got, outgoing)
     extras_up, corrected = plan.correction.client_update(replace(local, delta=arrived))
     sections |= {"control": extras_up} if "control" in up else {}
     asking = site.tables.asking
@@ -209,7 +210,7 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: Trained)
             news |= prefixed(_TRAINED, {k: v.copy() for k, v in held.items()})
         memory = memory.after(got.acknowledged, round, news, once=_TRAINED)
     expected = site.tables.of(client, round).uplink.expected(up)
-    return Played(client, body(sections, expected).seal(_told_back(got, own)), memory)
+    return Played(client, body(sections, expected).seal(_told_back(got, own) | inside), memory)
 
 
 def _local(site: Client, got: Received, own: Trained, trained: Tensors, up: Iterable[str]) -> Local:
@@ -230,6 +231,19 @@ def _local(site: Client, got: Received, own: Trained, trained: Tensors, up: Iter
         moved,
         own.anchor,
     )
+
+
+def _clipped(got: Received, delta: Tensors) -> tuple[Tensors, dict[str, Scalar]]:
+    """Return an update of at most the norm that the server asks for, and whether it was."""
+    if "clip" not in got.told:
+        return delta, {}
+    try:
+        clip = float(got.told["clip"])
+    except ValueError:
+        clip = np.nan
+    if not 0 < clip < np.inf:
+        raise WireError(f"message asks to clip to {got.told['clip']!r}")
+    return clipped(delta, clip), {"inside": int(norm(delta) <= clip)}
 
 
 def _encoded(

@@ -11,7 +11,7 @@ from fedpeft.errors import RunError
 from fedpeft.phases import Reply
 from fedpeft.post import Post
 from fedpeft.rng import derive
-from fedpeft.types import Cohort, Flight, Schedule, Standing
+from fedpeft.types import Flight, Schedule, Standing
 
 Tell = Callable[[int, int], None]
 """Is told how many of how many replies have come."""
@@ -21,12 +21,13 @@ Tell = Callable[[int, int], None]
 class Course:
     """A round under way.
 
-    ``send`` carries requests to ``post``, which says when replies come. ``versions`` says with
-    which version of the model those clients began whose replies are used.
+    ``choose`` says who of those within reach is the cohort. ``send`` carries requests to ``post``,
+    which says when replies come. ``versions`` says with which version of the model those clients
+    began whose replies are used.
     """
 
     schedule: Schedule
-    cohort: Cohort
+    choose: Callable[[Sequence[str]], Sequence[str]]
     post: Post
     send: Callable[[Sequence[Flight]], None]
     reachable: Sequence[str]
@@ -38,11 +39,7 @@ class Course:
         """Ask whom the schedule wants asked now."""
         version, before = self.stands.version, len(self.stands.asked)
         more = derive(self.seed, version, "ask", before)
-
-        def cohort(names: Sequence[str]) -> Sequence[str]:
-            return self.cohort.choose(names, derive(self.seed, version, "cohort"))
-
-        self.stands, new = events.ask(self.schedule, self.stands, self.reachable, cohort, more)
+        self.stands, new = events.ask(self.schedule, self.stands, self.reachable, self.choose, more)
         if new:
             self.send(new)
 

@@ -12,6 +12,7 @@ DEFAULTS: Mapping[str, str] = {
     "personal": "none",
     "uplink": "raw",
     "downlink": "raw",
+    "privacy": "none",
     "cohort": "everyone",
     "weighting": "examples",
     "aggregator": "mean",

@@ -56,7 +56,7 @@ class Participation:
     """How often the reply of each client was used so far."""
 
     def __init__(self, history: Iterable[Mapping[str, Any]]) -> None:
-        self._counts = Counter(client for line in history for client in line["replied"])
+        self._counts = Counter(client for line in history for client in line.get("replied", ()))
 
     def after(self, replied: Iterable[str], population: Iterable[str]) -> dict[str, int]:
         """Count a round; return how often the rarest and the most frequent client was used."""

@@ -119,6 +119,8 @@ def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watc
     run = Run(plan, site, engine, folder, watch, name, attendance, post, *stores)
     found = folder.load() if folder else None
     at = found or Checkpoint(start(plan, site.tables, site.initial))
+    if folder and not found and plan.privacy.secret:
+        folder.begin(at)
     post.start(at.clock)
     run.resend(at)
     run.history = list(folder.history()) if folder else []
@@ -145,7 +147,7 @@ def _rounds(run: Run, at: Checkpoint, board: Board) -> Checkpoint:
         at = one_round(run, at)
         if folder:
             for store in (folder.memories, folder.updates, folder.found):
-                store.settle(at.line["replied"])
+                store.settle(at.replied)
             folder.save(at)
         run.history.append(at.line)
         board.write(at.line)
@@ -161,14 +163,21 @@ def _table(run: Run, at: Checkpoint, rows: Mapping[str, Metrics]) -> dict[str, A
         "rows": {name: dict(metrics) for name, metrics in rows.items()},
         "last": {k: v for k, v in last.items() if "/" in k},
         "best_round": at.best.round if run.plan.keep_best else None,
-        "up_bytes": sum(line["up_bytes"] for line in run.history),
-        "down_bytes": sum(line["down_bytes"] for line in run.history),
-        "eval_bytes": sum(line.get("eval_bytes", 0) for line in run.history),
-        "up_head_bytes": sum(line.get("up_head_bytes", 0) for line in run.history),
-        "down_head_bytes": sum(line.get("down_head_bytes", 0) for line in run.history),
-        "seconds": round(sum(line["seconds"] for line in run.history), 1),
-        "server_seconds": round(sum(line.get("server_seconds", 0) for line in run.history), 3),
+        **(_added_up(run.history) if not run.plan.privacy.secret else {}),
+        **{k: last[k] for k in ("epsilon", "epsilon_rdp", "clip") if k in last},
     }
+
+
+def _added_up(history: Sequence[Line]) -> dict[str, Any]:
+    """Return the traffic and the time of all rounds."""
+
+    def total(name: str) -> Any:
+        return sum(line.get(name, 0) for line in history)
+
+    ways = ("up_bytes", "down_bytes", "eval_bytes", "up_head_bytes", "down_head_bytes")
+    times = {"seconds": round(total("seconds"), 1)}
+    times["server_seconds"] = round(total("server_seconds"), 3)
+    return {**{name: total(name) for name in ways}, **times}
 
 
 def _finished(plan: Plan, folder: RunFolder) -> Result:

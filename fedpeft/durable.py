@@ -39,15 +39,18 @@ def fault(point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def replace_file(path: Path, pieces: Iterable[bytes], kind: str) -> None:
+def replace_file(path: Path, pieces: Iterable[bytes], kind: str, *, private: bool = False) -> None:
     """Write ``path`` so that a reader finds the old content or all of the new.
 
-    Raises ``RunError`` where the disk does not take it.
+    What is ``private`` its owner alone may read. Raises ``RunError`` where the disk does not take
+    it.
     """
     temporary = path.with_name(f".{path.name}.new")
     with _writing(path):
         make_folder(path.parent)
-        _write(temporary, pieces, kind, "wb")
+        if private:
+            temporary.unlink(missing_ok=True)  # one left by a kill would keep its mode
+        _write(temporary, pieces, kind, "wb", 0o600 if private else 0o666)
         os.replace(temporary, path)
         _settle(path.parent, kind)
 
@@ -153,10 +156,10 @@ def _writing(path: Path) -> Iterator[None]:
         raise RunError(f"{path}: cannot be written ({reason}); continue with --resume") from error
 
 
-def _write(path: Path, pieces: Iterable[bytes], kind: str, mode: str) -> None:
+def _write(path: Path, pieces: Iterable[bytes], kind: str, mode: str, allowed: int = 0o666) -> None:
     data = b"".join(pieces)
     fault(f"{kind}.begun")
-    with path.open(mode) as file:
+    with open(path, mode, opener=lambda name, flags: os.open(name, flags, allowed)) as file:
         if os.environ.get("FEDPEFT_FAULT", "").startswith(f"{kind}.half"):
             file.write(data[: len(data) // 2])
             file.flush()

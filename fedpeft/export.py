@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fedpeft import releases
 from fedpeft.durable import remove_folder, replace_folder
 from fedpeft.errors import ModelError
 from fedpeft.plan import Plan
@@ -117,8 +118,6 @@ def model_card(
     plan: Plan, site: Site, history: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]
 ) -> str:
     """Return the model card: where the adapter comes from, and what it took."""
-    up = sum(line["up_bytes"] for line in history)
-    down = sum(line["down_bytes"] for line in history)
     scores = {k: v for k, v in scored.items() if "/" in k and v is not None}
     front = [
         "---",
@@ -130,12 +129,8 @@ def model_card(
     facts = {
         "Rounds": len(history),
         "Clients": len(site.federation.train),
-        "Training records": sum(len(rows) for rows in site.federation.train.values()),
-        "Bytes up": f"{up:,}",
-        "Bytes down": f"{down:,}",
-        "Bytes for federated evaluation": f"{sum(line.get('eval_bytes', 0) for line in history):,}",
-        "Data fingerprint": f"`{site.federation.splits.fingerprint[:32]}`",
-        "Privacy": "none: updates were not noised",
+        **(_of_clients(site, history) if not plan.privacy.secret else {}),
+        **releases.card(plan, len(site.federation.train), len(history)),
     }
     text = ["# Federated adapter", "", "Trained with fedpeft; the plan is below.", ""]
     text += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items()), ""]
@@ -144,3 +139,20 @@ def model_card(
         text += [f"| {k} | {v:.4f} |" for k, v in scores.items()] + [""]
     lines = [f"{k}: {v}" for k, v in plan.lines().items()]
     return "\n".join([*front, *text, "```yaml", *lines, "```", ""])
+
+
+def _of_clients(site: Site, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return facts that follow from what clients have and do."""
+    traffic = {
+        name: sum(line.get(key, 0) for line in history)
+        for name, key in (
+            ("Bytes up", "up_bytes"),
+            ("Bytes down", "down_bytes"),
+            ("Bytes for federated evaluation", "eval_bytes"),
+        )
+    }
+    return {
+        "Training records": sum(len(rows) for rows in site.federation.train.values()),
+        **{name: f"{count:,}" for name, count in traffic.items()},
+        "Data fingerprint": f"`{site.federation.splits.fingerprint[:32]}`",
+    }

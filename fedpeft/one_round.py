@@ -24,6 +24,7 @@ from fedpeft.memory import InProcess, MemoryStore
 from fedpeft.phases import Reply
 from fedpeft.plan import Plan
 from fedpeft.post import Post
+from fedpeft.releases import chooser, is_guarded, published, spent
 from fedpeft.rounds import Report, server_round
 from fedpeft.run_folder import RunFolder
 from fedpeft.site import Site
@@ -70,7 +71,8 @@ class Run:
                 self.post.send(flight, message)
 
         plan, stands = self.plan, events.begin(at.state.round, self.post.clock, at.flying)
-        return Course(plan.schedule, plan.cohort, self.post, send, reachable, plan.seed, stands)
+        choose = chooser(plan, at.state, list(self.engine.population()))
+        return Course(plan.schedule, choose, self.post, send, reachable, plan.seed, stands)
 
     def resend(self, at: Checkpoint) -> None:
         """Ask those anew whose replies were waited for when the run was interrupted."""
@@ -118,16 +120,22 @@ def one_round(run: Run, at: Checkpoint) -> Checkpoint:
     after = replace(after, past=_past(state, course.stands.flying))
     if report.refused and not report.replied and report.up.of:
         client, reason = next(iter(report.refused.items()))
-        raise RunError(f"round {state.round}: no reply could be used; {client}: {reason}")
+        problem = f"round {state.round}: no reply could be used; {client}: {reason}"
+        if not is_guarded(plan):
+            raise RunError(problem)
+        run.watch.warn(problem)  # to stop here would tell of clients: what is released is noise
     line = _line(run, course, report, sent, weights)
+    line |= spent(plan, len(run.engine.population()), state)
     line |= {"reachable": len(reachable), "participants": len(after.acks)}
     line |= {"converted": conversion.count} if isinstance(plan.schedule, Converting) else {}
     line["server_seconds"] = round(time.perf_counter() - began - sent.waited, 3)
     line |= _evaluate(run, after)
     best, params = _best(plan, at, after, line)
     line["seconds"] = round(time.perf_counter() - began, 3)
-    found = Checkpoint(after, best, params, line, run.post.clock, course.stands.flying)
-    return _ended(found) if is_over(plan, found) else found
+    flying, replied = course.stands.flying, report.replied
+    found = Checkpoint(after, best, params, line, run.post.clock, flying, replied)
+    found = _ended(found) if is_over(plan, found) else found
+    return replace(found, line=published(plan, found.line))
 
 
 def is_over(plan: Plan, at: Checkpoint) -> bool:
@@ -145,7 +153,7 @@ def _weights(run: Run, state: ServerState, course: Course) -> Weights:
         run.plan.schedule.weighed(course.stands, list(population)),
         population,
         rates={} if run.engine.remote else run.attendance.participation,
-        expected=run.attendance.expected,
+        expected=None if is_guarded(run.plan) else run.attendance.expected,
         awaited=course.stands.awaited,
     )
 

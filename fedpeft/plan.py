@@ -27,6 +27,7 @@ from fedpeft.types import (
     Latency,
     Partition,
     Personal,
+    Privacy,
     Schedule,
     ServerOptimizer,
     Source,
@@ -45,6 +46,7 @@ PARTS: Mapping[str, str] = {
     "personal": "personal",
     "uplink": "codecs",
     "downlink": "codecs",
+    "privacy": "privacy",
     "cohort": "cohorts",
     "weighting": "weighting",
     "aggregator": "aggregators",
@@ -62,7 +64,7 @@ _LISTS = ("evaluate", "compare")
 """Lines that are lists of words, and so may be empty."""
 SIMULATED = ("availability", "latency")
 """Lines about what machines do, which real ones do by themselves."""
-_ADDED = ("precision", "personal", "schedule", "availability", "latency")
+_ADDED = ("precision", "personal", "schedule", "availability", "latency", "privacy")
 """Lines added since runs were first kept; their defaults say what was before."""
 _REPORTING = ("compare",)
 """Lines that do not change the adapter, and so are not part of a run's identity."""
@@ -93,6 +95,7 @@ class Plan:
     personal: Personal
     uplink: Codec
     downlink: Codec
+    privacy: Privacy
     cohort: Cohort
     weighting: Weighting
     aggregator: Aggregator
@@ -315,6 +318,7 @@ def _scalar_problems(plan: Plan) -> Iterator[str]:
     if plan.patience is not None and plan.keep_best is None:
         yield "patience: needs keep_best, the metric that should improve"
     yield from _personal_problems(plan)
+    yield from _privacy_problems(plan)
     where = (plan.keep_best or "").partition("/")[0]
     if where == "personal":
         yield (
@@ -342,6 +346,23 @@ def _personal_problems(plan: Plan) -> Iterator[str]:
         )
 
 
+def _privacy_problems(plan: Plan) -> Iterator[str]:
+    """Yield what would tell of clients' records without noise."""
+    if not plan.privacy.secret:
+        return
+    promise = f"privacy: {describe(plan.privacy)} covers what leaves the server, and"
+    if "clients" in plan.evaluations and plan.holdout:
+        yield (
+            f"{promise} metrics on the clients' held-out records are not noised; say "
+            "evaluate: test, or simulate_noise=true for an experiment"
+        )
+    if known := [word for word in plan.comparisons if word != "base"]:
+        yield (
+            f"{promise} compare: {known[0]} trains on the clients' records without noise; leave it "
+            "out, or say simulate_noise=true for an experiment"
+        )
+
+
 def _choice_problems(line: str, given: Sequence[str], allowed: Sequence[str]) -> Iterator[str]:
     for word in given:
         if word not in allowed:
@@ -350,7 +371,7 @@ def _choice_problems(line: str, given: Sequence[str], allowed: Sequence[str]) ->
 
 def _part_problems(plan: Plan) -> Iterator[str]:
     parts = dict(plan.parts())
-    offers = {line: dict(getattr(part, "offers", {})) for line, part in parts.items()}
+    offers = {line: _offered(line, part) for line, part in parts.items()}
     for line, part in parts.items():
         others = {t: other for other in offers if other != line for t in offers[other]}
         for trait, reason in dict(getattr(part, "needs", {})).items():
@@ -360,3 +381,9 @@ def _part_problems(plan: Plan) -> Iterator[str]:
             if trait in others:
                 other = others[trait]
                 yield f"{line}: {describe(part)} does not fit {other}: {reason}"
+
+
+def _offered(line: str, part: Any) -> dict[str, str]:
+    """Return what a part offers: each trait by its name, and as that of its line."""
+    found = dict(getattr(part, "offers", {}))
+    return {**found, **{f"{line}-{trait}": reason for trait, reason in found.items()}}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fedpeft import folds, lowrank, weighing
+from fedpeft import folds, lowrank, releases, weighing
 from fedpeft.attendance import Attendance
 from fedpeft.broadcasts import header
 from fedpeft.coding import Coding
@@ -133,6 +134,7 @@ def preview(plan: Plan) -> dict[str, Any]:
             plan, federation, traffic, (cohort, replies), found.exact and not tables.folds
         ),
         "weights": {"space": weighing.space(plan)},
+        "privacy": _privacy(plan, tables, len(population)),
         "memory": {
             **_memory(found, shapes, tables, plan),
             "last_updates_bytes": weighing.kept_bytes(plan, tables, len(population)),
@@ -245,6 +247,7 @@ def _up(plan: Plan, tables: Tables, round: int) -> Size:
         "lr_sum": 0.01,
         "seen": 100,
         "loss": 1 / 3,
+        **({"inside": 1} if releases.is_guarded(plan) else {}),
     }
 
     def packed(kind: int) -> int:
@@ -321,6 +324,30 @@ def _personal(plan: Plan, federation: Federation) -> dict[str, Any]:
     trainer = plan.personal.trainer(plan.trainer)
     budgets = [trainer.budget(n)[0] for n in federation.population.values()]
     return {"when": plan.personal.when, "steps_least": min(budgets), "steps_most": max(budgets)}
+
+
+def _privacy(plan: Plan, tables: Tables, population: int) -> dict[str, Any]:
+    """Return the promise, what it costs, and how large the noise is beside a whole mean update.
+
+    The noise is that of the round in which most travels.
+    """
+    mechanism = releases.mechanism_of(plan, population)
+    if mechanism is None:
+        return {}
+    travels = max(size(tables.up(t)["adapter"].values()) for t in range(plan.rounds))
+    norm = mechanism.noise_norm(travels)
+    return {
+        **mechanism.told(),
+        "secret": plan.privacy.secret,
+        "epsilon_per_round": mechanism.epsilon(1),
+        "epsilon": mechanism.epsilon(plan.rounds),
+        "epsilon_rdp": mechanism.renyi(plan.rounds),
+        "clip": mechanism.clip,
+        "noise_norm": norm,
+        "clients_needed": math.ceil(population * norm),
+        "parameters_needed": math.floor(travels / norm**2),
+        "travelling": travels,
+    }
 
 
 def _memory(found: Outline, shapes: Shapes, tables: Tables, plan: Plan) -> dict[str, int]:
@@ -403,10 +430,46 @@ def as_text(found: Mapping[str, Any]) -> str:
             if kept
         ),
         ("weights act on", weighing.SPACES[found["weights"]["space"]]),
+        *_promise(found["privacy"]),
         *(("warning", text) for text in found["warnings"]),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def _promise(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Say what is promised, and how much noise that takes."""
+    if not found:
+        return []
+    beside = found["epsilon_rdp"]
+    more = "" if beside is None or found["accountant"] == "RDP" else f" ({beside:.3f} by RDP)"
+    rows = [
+        (
+            "epsilon",
+            f"{found['epsilon']:.3f} in total by {found['accountant']}{more}, "
+            f"{found['epsilon_per_round']:.3f} a round; delta {found['delta']:g}",
+        ),
+        ("privacy of", f"one {found['unit']}; neighbours: {found['relation']}"),
+        ("privacy against", found["adversary"]),
+        ("sampler", found["sampler"]),
+        (
+            "noise",
+            f"multiplier {found['noise_multiplier']:g}; in the mean update its norm is "
+            f"{found['noise_norm']:.3g} clips of {found['clip']:g}",
+        ),
+    ]
+    if found["noise_norm"] > 1:
+        rows.append(
+            (
+                "warning",
+                f"privacy: the noise is {found['noise_norm']:.3g} times a mean update at most: "
+                "accuracy will be near chance; it would be 1 times with "
+                f"{found['clients_needed']:,} clients asked as often, or with "
+                f"{found['parameters_needed']:,} of the {found['travelling']:,} parameters that "
+                "travel",
+            )
+        )
+    return rows
 
 
 def _reach(found: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from fedpeft.last_updates import Recall
 from fedpeft.memory import MemoryStore
 from fedpeft.phases import Ask, Later, Reply, Sum, nobody
 from fedpeft.plan import Plan
+from fedpeft.releases import drawn, released
 from fedpeft.state import ServerState
 from fedpeft.tables import Tables
 from fedpeft.tensors import is_finite, padded, shapes_of
@@ -81,6 +82,10 @@ def server_round(
     recall = _recall(plan, state, store, population)
     if recall:
         stream = recall.changes(stream, sent.moving, weights)
+    clip = state.coins.clip
+    if noised := released(plan, tables, state, population, stream, sent):
+        alone, clip = noised
+        stream = iter([alone])
     step = plan.aggregator.reduce(stream, sent, weights)
     for _ in stream:  # an aggregator that stops early must not hide who replied
         pass
@@ -104,7 +109,7 @@ def server_round(
     after = ServerState(
         params, slots, control, acks, round, fold, kept, once, mirror, learned, last
     )
-    return after, report
+    return replace(after, coins=drawn(plan, round, clip)), report
 
 
 class _Intake:

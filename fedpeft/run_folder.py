@@ -38,7 +38,7 @@ from fedpeft.errors import RunError
 from fedpeft.memory import OnDisk
 from fedpeft.plan import Plan
 
-_VERSIONED = ("fedpeft", "torch", "transformers", "peft", "numpy", "flwr")
+_VERSIONED = ("fedpeft", "torch", "transformers", "peft", "numpy", "flwr", "dp-accounting")
 _BEGUN = ("plan.yaml", "versions.json", "run.json")
 _STARTING = {".lock", *_BEGUN, *(f".{name}.new" for name in _BEGUN)}
 
@@ -112,6 +112,11 @@ class RunFolder:
                 f"{self.path}/checkpoints: empty, though {len(lines)} rounds were run; restore it "
                 "or choose another --out"
             )
+        if self.plan.privacy.secret and len(lines) > done:
+            raise RunError(
+                f"{self.path}/rounds.jsonl: round {done} was released, and what it released cannot "
+                "be made again; restore its checkpoint, or choose another --out"
+            )
         lines = lines[:done]
         if found and len(lines) == done - 1:
             lines.append(dict(found.line))
@@ -126,6 +131,10 @@ class RunFolder:
             replace_file(ledger, [text], "ledger")
         drop_old(self.path / "checkpoints")
         return found
+
+    def begin(self, checkpoint: Checkpoint) -> None:
+        """Make the state before the first round durable: its coins must not be drawn again."""
+        save_checkpoint(self.path / "checkpoints", checkpoint, self.digest)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Make a round durable: first the state, which carries the line, then the line."""

@@ -10,6 +10,7 @@ from fedpeft.last_updates import LastUpdates
 from fedpeft.learned import Learned
 from fedpeft.mirror import Mirror
 from fedpeft.plan import Plan
+from fedpeft.releases import Coins, drawn
 from fedpeft.tables import Tables
 from fedpeft.types import Tensors
 
@@ -33,6 +34,7 @@ class ServerState:
     learned: Learned = field(default_factory=Learned)
     last: LastUpdates = field(default_factory=LastUpdates)
     past: Mapping[int, Tensors] = field(default_factory=dict)
+    coins: Coins = field(default_factory=Coins)
 
     def at(self, version: int) -> ServerState:
         """Return what clients were sent whose replies to ``version`` the server waits for."""
@@ -55,4 +57,5 @@ def start(plan: Plan, tables: Tables, initial: Tensors) -> ServerState:
     fold = Fold.empty(tables.shapes) if tables.folds else Fold()
     once = {name: initial[name] for name in tables.once}
     mirror = Mirror(params) if tables.differs else Mirror()
-    return ServerState(params, slots, control, fold=fold, once=once, mirror=mirror)
+    coins = drawn(plan, 0, plan.privacy.bound)
+    return ServerState(params, slots, control, fold=fold, once=once, mirror=mirror, coins=coins)

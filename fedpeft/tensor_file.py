@@ -27,9 +27,11 @@ _DTYPES = {
 """The names that safetensors gives to the types of numpy."""
 
 
-def write_tensor_file(path: Path, tensors: Tensors, note: Mapping[str, Any], kind: str) -> None:
+def write_tensor_file(
+    path: Path, tensors: Tensors, note: Mapping[str, Any], kind: str, *, private: bool = False
+) -> None:
     """Put arrays, bit for bit, and a JSON ``note`` in the place of ``path``; see ``durable``."""
-    replace_file(path, [tensor_bytes(tensors, note)], kind)
+    replace_file(path, [tensor_bytes(tensors, note)], kind, private=private)
 
 
 def tensor_bytes(tensors: Tensors, note: Mapping[str, Any]) -> bytes:

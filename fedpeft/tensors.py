@@ -66,6 +66,20 @@ def owned(each: Sequence[Tensors], shapes: Shapes) -> list[Tensors]:
     return padded([{k: np.ones(own[k].shape, np.float32) for k in less} for own in each], less)
 
 
+def norm(a: Tensors) -> float:
+    """Return the L2 norm of all arrays together, float64."""
+    return math.sqrt(sum(float(np.square(v, dtype=np.float64).sum()) for v in a.values()))
+
+
+def clipped(a: Tensors, bound: float) -> Tensors:
+    """Return the arrays, made smaller together where their norm is above ``bound``."""
+    length = norm(a)
+    if length <= bound:
+        return a
+    factor = bound / length
+    return {k: np.asarray(v * factor, v.dtype) for k, v in a.items()}
+
+
 def is_within(a: Tensors, bound: float) -> bool:
     """Tell whether every array has an L2 norm of at most ``bound``; NaN and infinity have not."""
     return all(_squares(value) <= bound**2 for value in a.values())

@@ -169,6 +169,11 @@ def show_result(console: Console, result: Result) -> None:
     for where, whose in (("clients/", ""), ("personal/", ", personal adapters")):
         if held := _held_out(table["last"], where):
             console.print(f"held-out records of the clients{whose}: {held}", highlight=False)
+    if "epsilon" in table:
+        console.print(f"epsilon spent: {table['epsilon']:.3f}", highlight=False)
+    if "seconds" not in table:  # what would tell of clients stays at the server
+        _show_place(console, result)
+        return
     up, down, held, of_up, of_down = (
         f"{table.get(name, 0) / 1e6:,.2f}"
         for name in ("up_bytes", "down_bytes", "eval_bytes", "up_head_bytes", "down_head_bytes")
@@ -179,6 +184,10 @@ def show_result(console: Console, result: Result) -> None:
         f"{table['seconds']:,.1f} s of rounds",
         highlight=False,
     )
+    _show_place(console, result)
+
+
+def _show_place(console: Console, result: Result) -> None:
     if result.folder is not None:
         console.print(f"adapter: {result.folder / 'adapter'}", highlight=False)
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; plans must not
     from fedpeft.engine._base import Engine, Stage
     from fedpeft.models._base import Base
     from fedpeft.models._outline import Outline
+    from fedpeft.privacy._mechanism import Mechanism
 
 Tensors: TypeAlias = Mapping[str, NDArray[Any]]
 """Named arrays. Outside torch code nothing else is passed around."""
@@ -162,12 +163,49 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a cohort is drawn from ``population`` clients: all that an accountant looks at.
+
+    ``all`` of them; each by a coin of its own with probability ``rate`` (``coins``), and of more
+    than ``size`` so many, each set as likely; or ``size`` of them, each set as likely (``fixed``).
+    """
+
+    kind: Literal["all", "coins", "fixed"]
+    population: int
+    rate: float = 1.0
+    size: int | None = None
+
+    @property
+    def expected(self) -> float:
+        """The expected size of a cohort."""
+        if self.kind == "fixed" and self.size is not None:
+            return float(self.size)
+        if self.size is None or self.size >= self.population:
+            return self.rate * self.population
+        from scipy.special import betainc
+
+        beyond = np.arange(self.size)  # the chance of more than k heads, added up over k
+        return float(betainc(beyond + 1, self.population - beyond, self.rate).sum())
+
+    @property
+    def told(self) -> str:
+        """How it is drawn, in words."""
+        if self.kind == "all":
+            return f"all {self.population} clients in every round"
+        if self.kind == "fixed":
+            return f"{self.size} of {self.population} clients, without replacement"
+        capped = "" if self.size is None else f", at most {self.size} of them"
+        return f"each of {self.population} clients with probability {self.rate:g}{capped}"
+
+
+@dataclass(frozen=True, slots=True)
 class Update:
     """What the server holds of one client: decoded, checked, ``delta = trained - received``.
 
     ``answer`` is what it says where the aggregator is :class:`Asking`; ``sizes`` are the bytes that
     each section of the update took. ``anchor`` says that it is of a client which took no step, see
     :meth:`Correction.anchor`: aggregators never meet one.
+    ``inside`` is the client's word on whether its update's norm was within the clip.
 
     ``lr_sum`` adds up the learning rates of the local steps (steps x lr when constant). A client
     that has only the first entries of some tensors (mixed ranks) was ``sent`` those: it trained
@@ -184,6 +222,7 @@ class Update:
     answer: Tensors = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     anchor: bool = False
+    inside: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -827,6 +866,33 @@ class Personal(Protocol):
 
 
 @runtime_checkable
+class Privacy(Protocol):
+    """``privacy/``: what is promised to whom, and what keeps the promise.
+
+    Every method has a default that promises nothing. ``secret`` says that nothing which follows
+    from single clients leaves the server but through the mechanism, and that its coins come from
+    the operating system; else ``seed`` decides them.
+    """
+
+    @property
+    def bound(self) -> float:
+        """The norm that updates are clipped to in the first round; infinite where they are not."""
+        return math.inf
+
+    @property
+    def secret(self) -> bool:
+        """Whether coins are drawn from the operating system and the ledger tells of no client."""
+        return False
+
+    def mechanism(self, sampling: Sampling, rounds: int) -> Mechanism | None:
+        """Return how the server releases the sum of a round; ``None`` where it is as it is.
+
+        Raises ``PlanError`` where no noise keeps the promise with this ``sampling``.
+        """
+        return None
+
+
+@runtime_checkable
 class Codec(Protocol):
     """``codecs/``: tensors to arrays in wire dtypes, perhaps lossy. Chains with ``|``.
 
@@ -1020,6 +1086,15 @@ class Cohort(Protocol):
 
         More than these where it asks for more than there are.
         """
+        ...
+
+
+@runtime_checkable
+class Sampled(Protocol):
+    """What a cohort has besides whose draws an accountant knows."""
+
+    def sampling(self, population: int) -> Sampling:
+        """Return how it draws from so many clients."""
         ...
 
 

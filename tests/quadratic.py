@@ -15,7 +15,7 @@ from fedpeft.client_rounds import client_round
 from fedpeft.mean_gradients import mean_gradients
 from fedpeft.memory import InProcess, MemoryStore
 from fedpeft.plan import Plan
-from fedpeft.rng import derive
+from fedpeft.releases import chooser
 from fedpeft.rounds import server_round
 from fedpeft.state import ServerState, start
 from fedpeft.tables import Tables
@@ -158,7 +158,7 @@ def play(
     site = QuadraticSite(learner, tables, {"x": np.zeros(width, np.float32)}, held)
     state = state or start(plan, tables, site.initial)
     for round in range(state.round, rounds):
-        cohort = plan.cohort.choose(list(held), derive(0, round, "cohort"))
+        cohort = chooser(plan, state, list(held))(list(held))
         weights = weighed(plan, state, cohort, population, rates=rates)
         sealed, replies = broadcast(plan, tables, state), []
         for name in [name for name in cohort if replying(round, name)]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from fedpeft.folds import Fold
 from fedpeft.last_updates import LastUpdates
 from fedpeft.learned import Learned
 from fedpeft.mirror import Mirror
+from fedpeft.releases import Coins
 from fedpeft.state import ServerState
 from fedpeft.types import Flight, Tensors
 
@@ -35,6 +37,7 @@ def checkpoint(round: int, value: float = 0.0) -> Checkpoint:
     state = ServerState(
         params, slots, control, known, round, fold, kept, once, mirror, learned, last, past
     )
+    state = dataclasses.replace(state, coins=Coins(bytes(range(32)), 0.1))
     flying = (Flight("c", 1, 0.1), Flight("d", 2, 1 / 3))
     best = Best(0.5, 1, 2), {"b": params["b"] + 1}
     return Checkpoint(state, *best, {"round": round - 1}, 2 / 3, flying)
@@ -84,16 +87,17 @@ def test_all_of_the_state_comes_back(tmp_path: Path) -> None:
     assert (after.clock, tuple(after.flying)) == (before.clock, before.flying)
     assert [*after.state.past] == [1, 2]
     assert all(same(after.state.past[at], before.state.past[at]) for at in (1, 2))
+    assert after.state.coins == before.state.coins
 
 
 def test_every_field_is_saved(tmp_path: Path) -> None:
     """A field that is added to the state and forgotten here would be lost on resume."""
     assert [f.name for f in dataclasses.fields(ServerState)] == [
         *("params", "slots", "control", "acks", "round", "fold", "kept", "once", "mirror"),
-        *("learned", "last", "past"),
+        *("learned", "last", "past", "coins"),
     ]
     assert [f.name for f in dataclasses.fields(Checkpoint)] == [
-        *("state", "best", "best_params", "line", "clock", "flying")
+        *("state", "best", "best_params", "line", "clock", "flying", "replied")
     ]
     assert [f.name for f in dataclasses.fields(Best)] == ["value", "round", "stale"]
 
@@ -184,3 +188,16 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, checkpoint(1), DIGEST)
     with pytest.raises(RunError, match="belongs to another plan; start again in another folder"):
         load_checkpoint(tmp_path, "e" * 64)
+
+
+def test_a_checkpoint_with_secrets_is_its_owner_s_alone(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        (tmp_path / ".state-000001.safetensors.new").write_bytes(b"half")
+        for round, coins in ((1, Coins(b"k" * 32, 1.0)), (2, Coins())):
+            state = dataclasses.replace(checkpoint(round).state, coins=coins)
+            save_checkpoint(tmp_path, Checkpoint(state), DIGEST)
+    finally:
+        os.umask(old)
+    modes = [p.stat().st_mode & 0o777 for p in sorted(tmp_path.glob("state-*"))]
+    assert modes == [0o600, 0o666]

@@ -37,6 +37,7 @@ SAMPLES = {
     "data/imagefolder": "imagefolder(train='a')",
     "data/jsonl": "jsonl(train='a.jsonl')",
     "data/npz": "npz(file='a.npz')",
+    "privacy/user": "user(noise_multiplier=1.0)",
     "schedules/inversion": "inversion(buffered)",
 }
 """Specs of the methods that have required fields."""
@@ -53,6 +54,7 @@ NO_PAPER = {
         "engine/inline",
         "engine/processes",
         "personal/none",
+        "privacy/none",
         "latency/none",
         "latency/lognormal",
         "availability/always",

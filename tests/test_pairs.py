@@ -81,9 +81,10 @@ LISTED: Mapping[str, list[str]] = {
     "personal": ["none", "ditto", "tuned(steps=1, lr=0.01)"],
     "uplink": ["raw", "raw | half", "feedback(topk(density=0.1) | int8)"],
     "downlink": ["raw", "half(dtype='bfloat16')", "difference(topk(density=0.1) | int8)"],
+    "privacy": ["none", "user(noise_multiplier=0.5, clip=1.0, simulate_noise=true)"],
     "cohort": ["everyone", "uniform(size=2)", "poisson(rate=0.6)"],
     "weighting": [
-        *("examples", "uniform", "uniform(denominator='expected')"),
+        *("uniform(denominator='expected')", "examples", "uniform"),
         "uniform(denominator='population')",
     ],
     "aggregator": [

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from fedpeft.spec import method
-from fedpeft.types import Rng
+from fedpeft.types import Rng, Sampling
 
 
 @method
 class Everyone:
     """Full participation."""
+
+    offers: ClassVar[Mapping[str, str]] = {"known-sampling": "all are asked"}
 
     def choose(self, names: Sequence[str], rng: Rng) -> Sequence[str]:
         """Return every name."""
@@ -19,3 +22,7 @@ class Everyone:
     def expected(self, population: float) -> float:
         """Return the population's size."""
         return float(population)
+
+    def sampling(self, population: int) -> Sampling:
+        """Return that all are asked."""
+        return Sampling("all", population)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from fedpeft.spec import bounded, method
-from fedpeft.types import Rng
+from fedpeft.types import Rng, Sampling
 
 
 @method
@@ -15,7 +15,10 @@ class Uniform:
 
     size: int = bounded(default=10, low=1)
 
-    offers: ClassVar[Mapping[str, str]] = {"draws-cohorts": "says how many clients a round asks"}
+    offers: ClassVar[Mapping[str, str]] = {
+        "draws-cohorts": "says how many clients a round asks",
+        "known-sampling": "each set of clients is as likely",
+    }
 
     def choose(self, names: Sequence[str], rng: Rng) -> Sequence[str]:
         """Draw ``size`` names, or as many as there are."""
@@ -25,3 +28,9 @@ class Uniform:
     def expected(self, population: float) -> float:
         """Return ``size``."""
         return float(self.size)
+
+    def sampling(self, population: int) -> Sampling:
+        """Return that ``size`` are drawn, or that all are asked where there are no more."""
+        if self.size >= population:
+            return Sampling("all", population)
+        return Sampling("fixed", population, self.size / population, self.size)

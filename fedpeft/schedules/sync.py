@@ -26,6 +26,13 @@ class Sync(Schedule):
     over: float = bounded(default=1.0, low=1)
 
     @property
+    def offers(self) -> Mapping[str, str]:
+        """Whether a reply counts for its own sake."""
+        if self.over > 1 or self.minimum > 1:
+            return {}
+        return {"whole-cohorts": "whether a reply counts does not depend on the others"}
+
+    @property
     def refuses(self) -> Mapping[str, str]:
         """What clients beyond the cohort do not go with."""
         if self.over == 1:

@@ -22,6 +22,8 @@ class Uniform:
     def offers(self) -> Mapping[str, str]:
         """What bounds the weights, and whether the sum stands for all clients."""
         found = {"bounded-weights": "all updates count the same"}
+        if self.denominator != "cohort":
+            found["even-weights"] = "weights and denominator are known before a cohort is drawn"
         if self.denominator == "population":
             found["mean-over-all"] = "who is not asked counts as one who sends zero"
         return found

@@ -1,0 +1,153 @@
+"""Epsilon as a function of numbers, by Google's ``dp-accounting``.
+
+Noise multipliers are standard deviations over the L2 sensitivity. Where cohorts are drawn by coins
+or hold everybody, that is one client's most, neighbours differ by one client, and privacy loss
+distributions are composed (PLD). Cohorts of a fixed size have only a Renyi accountant (RDP), for
+neighbours in which one client is replaced by another: the sensitivity is twice one client's most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from fedpeft.errors import PlanError
+from fedpeft.types import Sampling
+
+_ORDERS = (*range(2, 25), *range(26, 65, 4), 80, 96, 128, 192, 256, 512, 1024)
+"""Whole orders only: the others come from a series that need not converge."""
+_GRIDS = 2.0**-20, 2.0**-10
+"""The finest and the coarsest step of privacy losses; they are rounded up, so a bound remains."""
+_FINE = 4e-3
+"""The step over epsilon, for one round; the roundings of many add up."""
+_LARGEST = 2.0**30
+"""No noise multiplier is searched above."""
+_CLOSE = 1.0005
+"""How close to the least noise a search ends."""
+LEAST_NOISE = 0.01
+"""No noise multiplier is below: epsilon would be in the thousands."""
+
+
+def sensitivity(sampling: Sampling) -> int:
+    """Return how far neighbours' sums are apart at most, in units of one client's most."""
+    return 2 if sampling.kind == "fixed" else 1
+
+
+def accountant(sampling: Sampling) -> str:
+    """Return the name of the accountant whose epsilon counts."""
+    return "RDP" if sampling.kind == "fixed" else "PLD"
+
+
+def relation(sampling: Sampling) -> str:
+    """Return what neighbours are."""
+    return "replace one client" if sampling.kind == "fixed" else "add or remove one client"
+
+
+@lru_cache(maxsize=4096)
+def epsilon(sampling: Sampling, noise_multiplier: float, rounds: int, delta: float) -> float:
+    """Return the epsilon of so many rounds at ``delta``."""
+    if rounds == 0:
+        return 0.0
+    rough = renyi(_uncapped(sampling), noise_multiplier, rounds, delta) or 0.0
+    if accountant(sampling) == "RDP":
+        return rough
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import PLDAccountant
+
+    finest, coarsest = _GRIDS
+    step = 2.0 ** math.floor(math.log2(max(rough, 1e-9) * _FINE / math.sqrt(rounds)))
+    found = PLDAccountant(
+        NeighboringRelation.ADD_OR_REMOVE_ONE,
+        value_discretization_interval=min(coarsest, max(finest, step)),
+    )
+    found.compose(_event(sampling, noise_multiplier), rounds)
+    return float(found.get_epsilon(delta))
+
+
+@lru_cache(maxsize=4096)
+def renyi(sampling: Sampling, noise_multiplier: float, rounds: int, delta: float) -> float | None:
+    """Return the epsilon by RDP; ``None`` for capped cohorts, for which there is none."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.rdp import RdpAccountant
+
+    if sampling.kind == "coins" and sampling.size is not None:
+        return None
+    fixed = sampling.kind == "fixed"
+    relation = NeighboringRelation.REPLACE_ONE if fixed else NeighboringRelation.ADD_OR_REMOVE_ONE
+    found = RdpAccountant(_ORDERS, neighboring_relation=relation)
+    found.compose(_event(sampling, noise_multiplier), rounds)
+    return float(found.get_epsilon(delta))
+
+
+@lru_cache(maxsize=256)
+def calibrated(sampling: Sampling, target: float, rounds: int, delta: float) -> float:
+    """Return the least noise multiplier, up to four digits, whose epsilon is at most ``target``.
+
+    Raises ``PlanError`` where there is none.
+    """
+
+    def exact(noise: float) -> float:
+        return epsilon(sampling, noise, rounds, delta)
+
+    def rough(noise: float) -> float:
+        return renyi(_uncapped(sampling), noise, rounds, delta) or 0.0
+
+    try:
+        found = _least(rough, target, 1.0)
+        if accountant(sampling) != "RDP":
+            found = _least(exact, target, found)
+    except OverflowError:
+        raise PlanError(f"privacy: no noise gives epsilon={target:g} at delta={delta:g}") from None
+    unit = 10.0 ** (math.floor(math.log10(found)) - 3)
+    noise = math.ceil(found / unit) * unit
+    return float(f"{noise:.6g}")
+
+
+def _least(of: Callable[[float], float], target: float, noise: float) -> float:
+    """Return the least noise, up to a part in 2,000, for which ``of`` it is at most ``target``.
+
+    Its logarithm is nearly linear in that of the noise, so few values are needed. Raises
+    ``OverflowError`` where no noise is enough.
+    """
+    low, high, slope = 0.0, math.inf, -1.0
+    last: tuple[float, float] | None = None
+    while high > low * _CLOSE:
+        found = max(of(noise), 1e-12)
+        low, high = (low, min(high, noise)) if found <= target else (max(low, noise), high)
+        if high <= LEAST_NOISE or low > _LARGEST:
+            break
+        at = math.log(noise), math.log(found / target)
+        if last and last[0] != at[0] and (at[1] - last[1]) / (at[0] - last[0]) < -0.05:
+            slope = (at[1] - last[1]) / (at[0] - last[0])
+        last, wanted = at, math.exp(at[0] - at[1] / slope)
+        noise = wanted * (1 + (_CLOSE - 1) / 4)
+        if abs(noise / high - 1) < (_CLOSE - 1) / 2:
+            noise = high / (1 + (_CLOSE - 1) * 0.9)
+        if not low < noise < high:
+            noise = math.sqrt(low * high) if 0 < low < high < math.inf else noise
+            noise = max(LEAST_NOISE, noise)
+    if low > _LARGEST:
+        raise OverflowError
+    return max(high, LEAST_NOISE)
+
+
+def _uncapped(sampling: Sampling) -> Sampling:
+    return replace(sampling, size=None) if sampling.kind == "coins" else sampling
+
+
+def _event(sampling: Sampling, noise_multiplier: float) -> Any:
+    """Return one round as ``dp-accounting`` describes it."""
+    import dp_accounting as dp
+
+    noise, population = dp.GaussianDpEvent(noise_multiplier), sampling.population
+    if sampling.kind == "all":
+        return noise
+    if sampling.kind == "fixed":
+        return dp.SampledWithoutReplacementDpEvent(population, sampling.size, noise)
+    if sampling.size is not None:
+        given = population, sampling.rate, sampling.size, noise_multiplier
+        return dp.TruncatedSubsampledGaussianDpEvent(*given)
+    return noise if sampling.rate == 1 else dp.PoissonSampledDpEvent(sampling.rate, noise)
