@@ -39,13 +39,14 @@ class GridEngine:
     """Clients behind Flower's grid; see ``engine.base.Engine``. Greet them before the first round.
 
     A client that has not replied after ``deadline`` seconds (0: as long as Flower keeps the
-    message, twelve hours) is left out of the round; what it says later is dropped.
+    message, twelve hours) is left out of the round; what it says later is dropped. One that is
+    ``patient`` goes on where every client that was asked refuses.
     """
 
     remote = True
 
-    def __init__(self, grid: Grid, deadline: float = 0.0) -> None:
-        self._grid, self._deadline = grid, deadline
+    def __init__(self, grid: Grid, deadline: float = 0.0, *, patient: bool = False) -> None:
+        self._grid, self._deadline, self._patient = grid, deadline, patient
         self._roll, self._wait = Roll({}, "", ""), 0.0
         self._greeted: dict[str, int] = {}
         self._silent: dict[str, str] = {}
@@ -159,7 +160,7 @@ class GridEngine:
                 refusals[flight.client] = str(found)
             yield flight.client, _read(found, read_packet)
         gone, self._gone = self._gone, 0
-        _raise_if_all(refusals, used + gone)
+        self._raise_if_all(refusals, used + gone)
 
     def drop(self, flight: Flight) -> None:
         """Wait no longer: what it says later is dropped with a line."""
@@ -185,7 +186,7 @@ class GridEngine:
             if isinstance(found, _Refusal):
                 refusals[client] = str(found)
             yield client, _read(found, read_packet)
-        _raise_if_all(refusals, asked)
+        self._raise_if_all(refusals, asked)
 
     def evaluate(
         self, requests: Iterable[tuple[str, Packed]]
@@ -231,6 +232,12 @@ class GridEngine:
                 time.sleep(sleep)
                 sleep = min(1.5 * sleep, _SLEEP[1])
 
+    def _raise_if_all(self, refusals: Mapping[str, str], asked: int) -> None:
+        """Raise ``RunError`` where everybody refuses: that is no bad luck."""
+        if refusals and len(refusals) == asked and not self._patient:
+            client, reason = next(iter(refusals.items()))
+            raise RunError(f"no client plays this round; {client}: {reason}")
+
     def _missed(self, flight: Flight, problem: str) -> None:
         self._gone += 1
         self._come.append(Came(flight.client, flight.version, self.clock, problem))
@@ -254,13 +261,6 @@ class GridEngine:
                 self._strays[f"node {reply.metadata.src_node_id}"] = "answers what nobody asked"
             else:
                 yield message, pending.pop(message), _answer(reply)
-
-
-def _raise_if_all(refusals: Mapping[str, str], asked: int) -> None:
-    """Raise ``RunError`` where everybody refuses: that is no bad luck."""
-    if refusals and len(refusals) == asked:
-        client, reason = next(iter(refusals.items()))
-        raise RunError(f"no client plays this round; {client}: {reason}")
 
 
 class _Refusal(RunError):

@@ -16,6 +16,7 @@ from fedpeft.errors import FedPeftError
 from fedpeft.flower_config import home, read_config
 from fedpeft.flower_grid import GridEngine
 from fedpeft.preflight import check
+from fedpeft.releases import is_guarded
 from fedpeft.run_folder import RunFolder
 from fedpeft.site import Site
 from fedpeft.terminal import RunScreen
@@ -42,7 +43,7 @@ def _run(grid: Grid, context: Context) -> None:
     torch.set_num_threads(settings.threads)
     federation = check(plan).federation
     out = Path(settings.out).expanduser() if settings.out else home() / "runs" / str(context.run_id)
-    engine = GridEngine(grid, settings.deadline)
+    engine = GridEngine(grid, settings.deadline, patient=is_guarded(plan))
     engine.greet(
         federation.population,
         fedpeft.__version__,

@@ -184,6 +184,7 @@ def serve(model: Path) -> None:
 
 def warm(model: Path) -> None:
     """Import and load all that a run needs, so that children need not."""
+    import dp_accounting.pld  # noqa: F401
     import peft  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
 

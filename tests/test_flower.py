@@ -134,6 +134,10 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 pytestmark = pytest.mark.usefixtures("apart")
 
+EVEN = "uniform(denominator='expected')"
+SECRET = "user(noise_multiplier=1.0, clip=0.5)"
+SEEDED = "user(noise_multiplier=1.0, quantile=0.5, bit_noise=1.0, simulate_noise=true)"
+
 
 def config_of(plan: Plan, **settings: Any) -> dict[str, Any]:
     return {**run_config(plan), "threads": 1, **settings}
@@ -173,10 +177,11 @@ def assert_same(one: Path, other: Path) -> None:
         {"personal": "tuned(steps=3)", "adapter": "lora(r=4, head='local')"},
         {"weighting": "fedau(cutoff=2)", "cohort": "uniform(size=2)", "rounds": 4},
         {"weighting": "fedvarp", "cohort": "uniform(size=2)", "rounds": 4},
+        {"privacy": SEEDED, "weighting": EVEN, "cohort": "poisson(rate=0.5)", "rounds": 4},
     ],
     ids=[
         *("plain", "compare", "scaffold", "local-head", "half", "ditto", "tuned", "fedau"),
-        "fedvarp",
+        *("fedvarp", "private"),
     ],
 )
 def test_flower_and_simulation_agree_bit_for_bit(
@@ -187,6 +192,19 @@ def test_flower_and_simulation_agree_bit_for_bit(
     grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=plan.clients or 0)
     serve(grid)
     assert_same(tmp_path / "in-process", tmp_path / "out")
+
+
+def test_a_promise_holds_where_every_client_fails(bert: Path, tmp_path: Path) -> None:
+    """To stop would tell of them: the round releases noise, and its line tells of nobody."""
+    plan = support_plan(bert, privacy=SECRET, weighting=EVEN, evaluate="test", holdout=0)
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=4)
+    for place in range(4):
+        grid.broken[place, "train"] = MemoryError("no room")
+    serve(grid)
+    _, history, _ = result_of(tmp_path / "out")
+    assert [{*line} - {"test/loss", "test/accuracy", "test/f1"} for line in history] == [
+        {"round", "epsilon", "epsilon_rdp", "clip"}
+    ] * 2
 
 
 def test_a_weighting_learns_from_who_really_replied(bert: Path, tmp_path: Path) -> None:

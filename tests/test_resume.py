@@ -150,6 +150,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "optimizer": "sgd",
         "compare": "",
     },
+    "private": {
+        "correction": "none",
+        "compare": "",
+        "weighting": "uniform(denominator='expected')",
+        "privacy": "user(noise_multiplier=1.0, quantile=0.5, bit_noise=1.0, simulate_noise=true)",
+    },
     "average head": {"adapter": "lora(r=2, alpha=4)", "optimizer": "sgd", "patience": 2},
     "lossy and adaptive": {
         "adapter": "lora(r=2, alpha=4, dropout=0.2)",
