@@ -81,9 +81,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, digest: str) -> None:
     drop_old(folder)
 
 
-def drop_old(folder: Path) -> None:
+def drop_old(folder: Path, kept: int = KEPT) -> None:
     """Delete all but the newest checkpoints; a kill may have come before that was done."""
-    for old in sorted(folder.glob("state-*.safetensors"))[:-KEPT]:
+    for old in sorted(folder.glob("state-*.safetensors"))[:-kept]:
         old.unlink()
 
 

@@ -170,7 +170,9 @@ class RunFolder:
         return found
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write the final table; the run is finished."""
+        """Write the final table; the run is finished, and nobody needs its secrets."""
+        if self.plan.privacy.secret:
+            drop_old(self.path / "checkpoints", kept=1)
         self._write("result.json", result, "result")
 
     def _take_up(self, inputs: tuple[str, ...], *, resume: bool) -> str:

@@ -88,7 +88,7 @@ def test_checkpoints_are_their_owner_s_alone_and_coins_are_new_in_each_run(
     keys = []
     for folder in (run, tmp_path / "other"):
         paths = sorted((folder / "checkpoints").iterdir())
-        assert [p.stat().st_mode & 0o777 for p in paths] == [0o600] * len(paths)
+        assert [p.stat().st_mode & 0o777 for p in paths] == [0o600]  # no round's key is left
         digest = json.loads((folder / "run.json").read_text())["digest"]
         found = load_checkpoint(folder / "checkpoints", digest)
         assert found is not None
