@@ -301,6 +301,7 @@ def test_the_clip_that_follows_is_told_and_goes_on_after_a_kill(runs: Runs, tmp_
         ({"aggregator": "flexlora"}, "adds noise to the sum of the updates"),
         ({"aggregator": "fedask"}, "answers are neither clipped nor noised"),
         ({"schedule": "buffered(size=2)", "cohort": "everyone"}, "where replies compete"),
+        ({"schedule": "inversion(buffered)"}, "what a single client's records are like"),
         ({"schedule": "sync(minimum=2)"}, "where replies compete"),
         ({"schedule": "sync(over=1.5)"}, "use schedule: sync without minimum and over"),
         ({"evaluate": "clients,test"}, "metrics on the clients' held-out records are not noised"),

@@ -59,6 +59,8 @@ class User(Privacy):
         "asks": "answers are neither clipped nor noised; use aggregator: mean",
         "learns-participation": "weights that follow from who took part are private; use "
         "weighting: uniform(denominator='expected')",
+        "reads-single-updates": "works out what a single client's records are like; use schedule: "
+        "sync",
         "keeps-updates": "one update would count in every later round, and noise covers one; use "
         "weighting: uniform(denominator='expected')",
     }
