@@ -41,7 +41,10 @@ def _run(grid: Grid, context: Context) -> None:
 
     plan, settings = read_config(context.run_config)
     torch.set_num_threads(settings.threads)
-    federation = check(plan).federation
+    checked = check(plan)
+    federation = checked.federation
+    for text in checked.warnings:
+        log.warning("%s", text)
     out = Path(settings.out).expanduser() if settings.out else home() / "runs" / str(context.run_id)
     engine = GridEngine(grid, settings.deadline, patient=is_guarded(plan))
     engine.greet(
