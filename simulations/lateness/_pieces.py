@@ -16,6 +16,9 @@ COHORT, WORKING = 10, 20
 GROUP = 5
 """Clients in one pass. A fixed number, so that a run can be repeated to the same bits."""
 
+_BUFFER = f"size={COHORT}, concurrency={WORKING}, max_staleness=None"
+"""What all buffers have in common."""
+
 METHODS: Mapping[str, Mapping[str, str]] = {
     "sync": {"schedule": "sync", "cohort": f"uniform(size={COHORT})"},
     "sync_deadline": {
@@ -28,6 +31,10 @@ METHODS: Mapping[str, Mapping[str, str]] = {
     "fedbuff_exponential": {"schedule": "law='exponential'"},
     "fedbuff_compensated": {"schedule": "law='constant', compensation=0.04"},
     "fedbuff_compensated_2": {"schedule": "law='constant', compensation=2.0"},
+    "fedbuff_inverted": {
+        "schedule": f"inversion(buffered({_BUFFER}, law='constant'), beyond=2, iterations=100, "
+        "scale=0.07)"
+    },
 }
 """Name to plan lines; a schedule without a name is one of a buffer."""
 
@@ -105,8 +112,7 @@ class Piece:
         """Return its plan lines."""
         lines = dict(METHODS[self.method])
         if "(" not in lines["schedule"] and lines["schedule"] != "sync":
-            fields = f"size={COHORT}, concurrency={WORKING}, max_staleness=None"
-            lines["schedule"] = f"buffered({fields}, {lines['schedule']})"
+            lines["schedule"] = f"buffered({_BUFFER}, {lines['schedule']})"
         return {**self.setting.lines, **(self.setting.quick if self.quick else {}), **lines}
 
     @property
