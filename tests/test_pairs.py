@@ -271,6 +271,7 @@ def test_pairs_that_are_refused_say_why_and_are_few() -> None:
     refused = [pair for pair in _pairs() if pair not in possible]
     known = ({"adapter", "aggregator"}, {"adapter", "correction"}, {"adapter", "schedule"})
     counted = [pair for pair in refused if {one for one, _ in pair} not in known]
+    counted = [pair for pair in counted if "privacy" not in {one for one, _ in pair}]  # see below
     for one, other in refused:
         reason = _refusal(tuple(sorted((one, other))))
         assert any(reason.startswith(f"{line}: ") for line, _ in (one, other)), reason
@@ -293,6 +294,23 @@ def test_conversion_takes_the_linear_probe_alone() -> None:
     its = {(a[1], b[1]) for a, b in _possible() if (a[0], b[0]) == between}
     (converting,) = (v for v in OPTIONS["schedule"] if v.startswith("inversion"))
     assert {adapter for adapter, schedule in its if schedule == converting} == {"head"}
+
+
+PROMISED: Mapping[str, set[str]] = {
+    "aggregator": {"mean", "fedsvd", "frlora"},
+    "correction": {"none", "fedprox(mu=0.1)"},
+    "schedule": {"sync"},
+    "weighting": {f"uniform(denominator='{of}')" for of in ("expected", "population")},
+    "adapter": {*OPTIONS["adapter"]} - {*FRESH},
+}
+"""What a promise to clients goes with; of every other line with all."""
+
+
+@pytest.mark.parametrize("line", [line for line in OPTIONS if line != "privacy"])
+def test_a_promise_goes_with_what_has_a_bound_and_nothing_else(line: str) -> None:
+    private = "privacy", OPTIONS["privacy"][1]
+    taken = {v for v in OPTIONS[line] if _completion((private, (line, v)))}
+    assert taken == PROMISED.get(line, {*OPTIONS[line]})
 
 
 @pytest.mark.parametrize("correction", OPTIONS["correction"])
