@@ -11,6 +11,7 @@ The second is guided by coverage, where ``atheris`` is installed.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import random
@@ -25,6 +26,10 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -447,21 +452,80 @@ def _measured(case: Case, made: Sequence[tuple[bytes, bool]], tally: Tally, seed
         tracemalloc.stop()
 
 
-def _guided(arguments: list[str]) -> None:
+READERS = ("fedpeft.wire", "fedpeft.entropy", "fedpeft.admission", "fedpeft.codecs")
+"""What reads a packet; to follow the rest as well would take minutes to set up and tell nothing."""
+
+
+def readers() -> list[FunctionType]:
+    """Every function of the modules that read a packet, those of classes and inner ones as well."""
+    return [
+        thing
+        for thing in gc.get_objects()
+        if isinstance(thing, FunctionType) and (thing.__module__ or "").startswith(READERS)
+    ]
+
+
+def seeds(all_cases: Sequence[Case]) -> list[bytes]:
+    """Return the honest packet of every codec, as :func:`read` takes it apart."""
+    return [written(number, case.honest) for number, case in enumerate(all_cases)]
+
+
+def written(number: int, message: bytes) -> bytes:
+    """Return what :func:`read` reads: the checksums are left out, so nothing has to guess them."""
+    length = struct.unpack_from("<I", message, 4)[0]
+    return bytes([number]) + struct.pack("<H", length) + message[32:]
+
+
+def read(data: bytes, all_cases: Sequence[Case]) -> tuple[Case, bytes]:
+    """The first byte is the codec's number, two are the head's length; then head and body."""
+    case, length = all_cases[data[0] % len(all_cases)], int.from_bytes(data[1:3], "little")
+    return case, sealed(data[3 : 3 + length], data[3 + length :])
+
+
+def mutated(data: bytes, longest: int, seed: int, all_cases: Sequence[Case]) -> bytes | None:
+    """Return a packet changed as :func:`mutant` changes it, where ``data`` can be taken apart."""
+    rng = random.Random(seed)
+    try:
+        case, message = read(data, all_cases)
+        parsed = Parsed.of(message, case.tables)
+        rng.choice(SEALED)(parsed, rng)
+        found = written(data[0], parsed.sealed())
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error):
+        return None
+    return found if len(found) <= longest else None
+
+
+def _guided(arguments: Sequence[str]) -> None:
+    """Fuzz by coverage; ``arguments`` are libFuzzer's. Does not return."""
     atheris = import_module("atheris")
     all_cases, tally = cases(), Tally()
+    for case in all_cases:
+        check(case.admit(case.honest))  # what is imported late is there to be instrumented
 
     def one(data: bytes) -> None:
-        """The first byte is the codec's number, two are the head's length; then head and body."""
-        if len(data) < 3:
-            return
-        case = all_cases[data[0] % len(all_cases)]
-        length = int.from_bytes(data[1:3], "little")
-        attack(case, sealed(data[3 : 3 + length], data[3 + length :]), tally)
+        if len(data) >= 3:
+            attack(*read(data, all_cases), tally)
 
-    atheris.instrument_all()
-    atheris.Setup([sys.argv[0], *arguments], one)
+    def change(data: bytes, longest: int, seed: int) -> bytes:
+        """Half of the mutants are changed as packets are, the others as any bytes."""
+        found = mutated(data, longest, seed, all_cases) if seed % 2 else None
+        return found or atheris.Mutate(data, longest)
+
+    for function in readers():
+        atheris.instrument_func(function)
+    atheris.Setup([sys.argv[0], *arguments], one, custom_mutator=change)
     atheris.Fuzz()
+
+
+def guided(arguments: Sequence[str]) -> int | None:
+    """Fuzz by coverage from the honest packets on, in a process that libFuzzer may end."""
+    with TemporaryDirectory() as folder:
+        for number, seed in enumerate(seeds(cases())):
+            Path(folder, f"{number}").write_bytes(seed)
+        process = get_context("spawn").Process(target=_guided, args=([*arguments, folder],))
+        process.start()
+        process.join()
+    return process.exitcode
 
 
 def main() -> None:
@@ -472,7 +536,7 @@ def main() -> None:
     parser.add_argument("--atheris", action="store_true", help="coverage-guided; takes its options")
     options, rest = parser.parse_known_args()
     if options.atheris:
-        _guided(rest)
+        sys.exit(guided(rest))
     began = time.process_time()
     tally = fuzz(options.mutants, options.seed)
     print(f"{tally.mutants} mutants, {tally.resealed} resealed, {tally.accepted} accepted")

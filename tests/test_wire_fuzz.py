@@ -26,6 +26,15 @@ def test_the_cases_are_all_codecs() -> None:
     assert {"raw", "half", "int8", "topk", "topk(density=0.1) | int8"} <= found
 
 
+def test_coverage_is_of_what_reads_a_packet_from_honest_packets_on() -> None:
+    found = {function.__module__ for function in fuzz_wire.readers()}
+    assert {"fedpeft.wire", "fedpeft.entropy", "fedpeft.admission", "fedpeft.codecs.topk"} <= found
+    assert all(name.startswith(fuzz_wire.READERS) for name in found)
+    each = cases()
+    for case, seed in zip(each, fuzz_wire.seeds(each), strict=True):
+        assert fuzz_wire.read(seed, each) == (case, case.honest)
+
+
 def test_a_few_thousand_mutants() -> None:
     _sound(fuzz(3_000, seed=1))
 
