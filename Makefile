@@ -1,6 +1,8 @@
 # Two commands on a fresh machine: make quickstart, make test.
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes of the fast tests, one thread each; make test WORKERS=0 runs them in turn, in one.
+WORKERS ?= 2
 READY := .venv/.ready
 
 .PHONY: quickstart test slow lint clean
@@ -9,7 +11,7 @@ quickstart: $(READY)
 	$(BIN)/fedpeft run simulations/quickstart.yaml --resume
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
