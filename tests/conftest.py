@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests import tiny
+
+if TYPE_CHECKING:
+    from tests.killing import Runs
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,6 +39,15 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama's folder."""
     return tiny.tiny_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="session")
+def runs(bert: Path) -> Iterator[Runs]:
+    """The process whose children are killed: one for all tests, since it imports for seconds."""
+    from tests.killing import Runs
+
+    with Runs(bert) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -263,24 +263,33 @@ def test_both_forms_of_admm_agree_where_local_problems_are_solved() -> None:
         np.testing.assert_allclose(got, x, atol=1e-4)
 
 
+DRIFT = {
+    "cohort": "uniform(size=3)",
+    "trainer": "plain(optimizer='sgd', lr=0.04, steps=4, batch=1)",
+}
+"""Local steps that take plain averaging away from the optimum."""
+
+
+def test_without_a_correction_it_rests_elsewhere() -> None:
+    assert tail(plan(60, **DRIFT), bowls(clients=8, width=3, seed=5))["slope"] > 0.1
+
+
 @pytest.mark.parametrize(
     ("correction", "rounds"),
     [
-        *(("scaffold_i", 150), ("scaffold_m(beta=0.5)", 150), ("scaffold_m_vr(beta=0.5)", 150)),
-        *(("feddyn(alpha=1.0)", 250), ("fedamd(p=0.5)", 400), ("fedamd(every=2)", 100)),
+        *(("scaffold_i", 120), ("scaffold_m(beta=0.5)", 120), ("scaffold_m_vr(beta=0.5)", 120)),
+        *(("feddyn(alpha=1.0)", 220), ("fedamd(p=0.5)", 300), ("fedamd(every=2)", 100)),
     ],
 )
 def test_it_rests_at_the_optimum_under_partial_participation(correction: str, rounds: int) -> None:
     made = bowls(clients=8, width=3, seed=5)
-    given = plan(rounds, correction=correction, cohort="uniform(size=3)")
-    free = tail(plan(60, cohort="uniform(size=3)"), made)
-    assert tail(given, made, 0.1)["slope"] < 1e-3 < 0.1 < free["slope"]
+    assert tail(plan(rounds, correction=correction, **DRIFT), made, 0.1)["slope"] < 1e-3
 
 
 @pytest.mark.parametrize("correction", ["admm(rho=1.0)", "admm_robust(rho=1.0)"])
 def test_admm_rests_at_the_optimum_under_partial_participation(correction: str) -> None:
     made = bowls(clients=8, width=3, seed=5)
-    given = plan(200, correction=correction, cohort="uniform(size=3)", **POPULATION)
+    given = plan(200, correction=correction, **DRIFT, **POPULATION)
     assert tail(given, made, 0.1)["slope"] < 1e-3
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,13 +201,13 @@ def test_every_codec_and_the_head_come_down_in_differences(codec: str) -> None:
 
 def test_both_ways_compressed_comes_near_the_minimum() -> None:
     best, found = learner(40).minimum(), {}
-    slow = "plain(optimizer='sgd', lr=0.02, steps=1, batch=1)"
-    for up in ("raw", "feedback(topk(density=0.05))"):
-        lines = {"uplink": up, "downlink": "difference(topk(density=0.05))", "trainer": slow}
-        *_, last = play(quadratic_plan(**lines), learner(40), 800)
+    slow = "plain(optimizer='sgd', lr=0.06, steps=1, batch=1)"
+    for up in ("raw", "feedback(topk(density=0.2))"):
+        lines = {"uplink": up, "downlink": "difference(topk(density=0.2))", "trainer": slow}
+        *_, last = play(quadratic_plan(**lines), learner(40), 100)
         found[up] = float(np.linalg.norm(last.params["x"] - best) / np.linalg.norm(best))
-    assert found["raw"] < 0.02
-    assert found["feedback(topk(density=0.05))"] < 0.2
+    assert found["raw"] < 0.01
+    assert found["feedback(topk(density=0.2))"] < 0.15
 
 
 # --- messages that are none ----------------------------------------------------------------------
@@ -318,12 +318,6 @@ def test_processes_have_the_bits_of_one(bert: Path) -> None:
     assert all(np.array_equal(one.tensors[k], other.tensors[k]) for k in one.tensors)
     down = [[line["down_bytes"] for line in each.history] for each in (one, other)]
     assert down[0] == down[1]
-
-
-@pytest.fixture(scope="module")
-def runs(bert: Path) -> Iterator[Runs]:
-    with Runs(bert) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

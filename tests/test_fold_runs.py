@@ -138,12 +138,6 @@ KILLED = {
 SPARED: dict[str, Any] = {**METHODS["fedex"], "correction": "none", "optimizer": "sgd"}
 
 
-@pytest.fixture(scope="module")
-def runs(bert: Path) -> Iterator[Runs]:
-    with Runs(bert) as made:
-        yield made
-
-
 @pytest.mark.parametrize("lines", [KILLED, SPARED], ids=["stack", "fedex"])
 def test_killed_and_resumed_is_the_same(runs: Runs, tmp_path: Path, lines: dict[str, Any]) -> None:
     whole = Whole(tmp_path / "whole", runs(tmp_path / "whole", **lines))

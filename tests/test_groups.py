@@ -152,8 +152,17 @@ def test_no_trainer_and_no_correction_is_left_out() -> None:
     assert {correction for _, correction in tried} == set(_corrections())
 
 
-@pytest.mark.parametrize("arena", ARENAS)
-@pytest.mark.parametrize(("trainer", "correction"), _pairs())
+def _everywhere() -> list[Any]:
+    """Every pair on BERT, and on the other models SGD alone and with SCAFFOLD; the rest is slow."""
+    found = []
+    for (trainer, correction), arena in itertools.product(_pairs(), ARENAS):
+        common = "'sgd'" in trainer and correction in ("none", "scaffold")
+        marks = () if arena == "bert" or common else pytest.mark.slow
+        found.append(pytest.param(trainer, correction, arena, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("trainer", "correction", "arena"), _everywhere())
 def test_each_client_does_what_it_does_alone(
     camps: Camps, arena: str, trainer: str, correction: str
 ) -> None:

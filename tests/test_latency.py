@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +117,6 @@ def test_the_preview_counts_who_is_asked_and_who_replies(bert: Path) -> None:
     assert found(schedule="sync(over=1.5)") == (3, 3, 2)
     assert found(schedule="sync(over=5)") == (4, 4, 2)
     assert found(schedule="buffered(size=3)", cohort="everyone") == (3, 3, 3)
-
-
-@pytest.fixture(scope="module")
-def runs(bert: Path) -> Iterator[Runs]:
-    with Runs(bert) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

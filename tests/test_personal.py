@@ -57,10 +57,8 @@ from tests.killing import LINES, Runs
 from tests.quadratic import F64, Quadratic, play, quadratic_plan
 from tests.test_flower import FakeGrid, config_of, result_of, serve
 from tests.test_mixed_ranks import same, untimed
-from tests.test_resume import Whole, check_same, killed, runs
+from tests.test_resume import Whole, check_same, killed
 from tests.tiny import support_plan
-
-__all__ = ["runs"]  # a fixture
 
 EXACT = 1e-9
 LR, STEPS = 0.2, 4

@@ -817,12 +817,6 @@ RESUMED: Mapping[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def runs(bert: Path) -> Iterator[Runs]:
-    with Runs(bert) as made:
-        yield made
-
-
 def lines_of(once: Path) -> dict[str, Any]:
     return {**RESUMED, "aggregator": f"tests.failing:FailingAsk(width=16, once={str(once)!r})"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +37,6 @@ class Whole:
 
     path: Path
     ended: Ended
-
-
-@pytest.fixture(scope="module")
-def runs(bert: Path) -> Iterator[Runs]:
-    with Runs(bert) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
