@@ -461,7 +461,7 @@ def readers() -> list[FunctionType]:
     return [
         thing
         for thing in gc.get_objects()
-        if isinstance(thing, FunctionType) and (thing.__module__ or "").startswith(READERS)
+        if type(thing) is FunctionType and (thing.__module__ or "").startswith(READERS)
     ]
 
 
