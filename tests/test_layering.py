@@ -33,7 +33,16 @@ LIGHT = [
         "durable",
         "preview",
     ),
-    *("directions", "mirror", "residuals", "events", "attendance", "diagnostics", "conversion"),
+    *(
+        "directions",
+        "mirror",
+        "residuals",
+        "events",
+        "attendance",
+        "diagnostics",
+        "releases",
+        "conversion",
+    ),
 ]
 """Modules, beside those of the families, that whoever only reads plans and packets needs."""
 SHARED = {
