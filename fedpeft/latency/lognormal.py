@@ -21,7 +21,8 @@ class Lognormal(Latency):
     A client's ``speed_n = exp(devices * z_n)`` stays the same all run, and is ``factor`` times that
     for the ``slow`` share of clients. These are ``drawn`` at random, or are those that have the
     largest share of the ``rarest`` label among their records: then what they alone could teach
-    comes late (arXiv 2309.13536 has such clients).
+    comes late (arXiv 2309.13536 has such clients). That label has the least mean share over
+    clients, whatever their sizes.
     """
 
     median: float = bounded(default=60.0, above=0)
