@@ -58,7 +58,10 @@ def test_it_is_a_task_whose_records_have_labels() -> None:
 
     assert isinstance(task, Task)
     assert task.head == "sequence-classification"
-    assert Classify.offers == {"labels": "every record has one"}
+    assert Classify.offers == {
+        "labels": "every record has one",
+        "cross-entropy": "a record's loss is that of its label",
+    }
     assert task.labels(ROWS) == ["1", "0", "0"]
     assert describe(build("tasks", "classify(label='y', max_length=8)")) == (
         "classify(label='y', max_length=8)"
