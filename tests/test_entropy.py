@@ -119,7 +119,7 @@ def test_another_decoder_reads_every_model(model: int) -> None:
     assert np.array_equal(decode(coded, len(symbols)), symbols)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 256),

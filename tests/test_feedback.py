@@ -160,15 +160,21 @@ def test_a_residual_goes_to_nobody_else() -> None:
     assert not any(np.shares_memory(a, ours.state.params["x"]) for a in residuals.values())
 
 
-def test_feedback_converges_where_the_codec_alone_does_not() -> None:
+@pytest.mark.parametrize(
+    ("density", "lr", "rounds"),
+    [(0.2, 0.06, 100), pytest.param(0.05, 0.02, 800, marks=pytest.mark.slow)],
+)
+def test_feedback_converges_where_the_codec_alone_does_not(
+    density: float, lr: float, rounds: int
+) -> None:
     found, best = {}, learner().minimum()
-    slow = "plain(optimizer='sgd', lr=0.06, steps=1, batch=1)"
-    for line in ("topk(density=0.2)", "feedback(topk(density=0.2))"):
+    alone, slow = f"topk(density={density})", f"plain(optimizer='sgd', lr={lr}, steps=1, batch=1)"
+    for line in (alone, f"feedback({alone})"):
         plan = quadratic_plan(uplink=line, trainer=slow)
-        *_, last = play(plan, learner(), 100)
+        *_, last = play(plan, learner(), rounds)
         found[line] = float(np.linalg.norm(last.params["x"] - best) / np.linalg.norm(best))
-    assert found["topk(density=0.2)"] > 0.5
-    assert found["feedback(topk(density=0.2))"] < 0.15
+    assert found[alone] > 0.5
+    assert found[f"feedback({alone})"] < 0.15
 
 
 # --- tensors that rest ---------------------------------------------------------------------------
