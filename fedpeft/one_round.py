@@ -110,10 +110,7 @@ def one_round(run: Run, at: Checkpoint) -> Checkpoint:
         answers = in_order(run.post.exchange(asked), clients, lambda done: tell(done, len(clients)))
         return sent.waiting(answers)
 
-    answers, population = (
-        course.replies(list(weights.of), run.watch.client),
-        run.engine.population(),
-    )
+    answers, population = course.replies([*weights.of], run.watch.client), run.engine.population()
     conversion = Conversion(plan, run.site.learner.device, run.found, state.round, population)
     how = run.run, population, weights, sent.waiting(answers), ask, course.versions, run.updates
     after, report = server_round(plan, run.site.tables, state, *how, conversion.aged)
@@ -125,7 +122,7 @@ def one_round(run: Run, at: Checkpoint) -> Checkpoint:
             raise RunError(problem)
         run.watch.warn(problem)  # to stop here would tell of clients: what is released is noise
     line = _line(run, course, report, sent, weights)
-    line |= spent(plan, len(run.engine.population()), state)
+    line |= spent(plan, len(population), state)
     line |= {"reachable": len(reachable), "participants": len(after.acks)}
     line |= {"converted": conversion.count} if isinstance(plan.schedule, Converting) else {}
     line["server_seconds"] = round(time.perf_counter() - began - sent.waited, 3)
