@@ -76,7 +76,7 @@ def test_lora_differs_in_what_is_trained_and_in_its_size() -> None:
     assert [piece.method for piece in pieces] == ["mean", "fedau_50", "scaffold_m"]
     mean = pieces[0]
     assert mean.name == "lora_ag_news_100_bernoulli_labels_mean"
-    assert (mean.rates, mean.seeds) == ((0.3, 1.0, 3.0), (0, 1, 2))
+    assert (mean.rates, mean.seeds) == ((0.1, 0.3, 1.0, 3.0), (0, 1, 2))
     probe = Piece(_plans.Setting("ag_news", 100, "bernoulli", "labels"), "mean").settings
     differ = {k for k in probe if probe[k] != mean.settings[k]}
     assert differ == {"adapter", "data", "eval_every", "rounds", "task", "trainer"}
@@ -186,7 +186,7 @@ def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     made(Store(tmp_path), MEAN)
     given = ["--list", "--results", str(tmp_path), "--piece"]
     assert command.main([*given, MEAN.name]) == 0
-    assert f"{MEAN.name}: 7 runs, best rate 10; complete" in capsys.readouterr().out
+    assert f"{MEAN.name}: 9 runs, best rate 10; complete" in capsys.readouterr().out
     assert command.main([*given, "ag_news_mean"]) == 2
     assert "there is no piece 'ag_news_mean'" in capsys.readouterr().err
 

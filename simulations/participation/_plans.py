@@ -9,7 +9,7 @@ from typing import Any
 from fedpeft.errors import FedPeftError
 from fedpeft.plan import Plan
 
-RATES = (3.0, 10.0, 30.0)
+RATES = (1.0, 3.0, 10.0, 30.0, 100.0)
 SEEDS = (0, 1, 2, 3, 4)
 STEPS, BATCH = 5, 16
 GROUP = 32
@@ -105,10 +105,10 @@ SETTINGS = (
     *ALWAYS,
     *(
         Setting(data, clients, model, rates)
+        for rates in ("labels", "shuffled")
         for clients in (250, 100)
         for data in TITLES
         for model in ("bernoulli", "markov", "cyclic")
-        for rates in ("labels", "shuffled")
         if (clients, model) != (250, "bernoulli")
     ),
     LORA,
@@ -133,9 +133,9 @@ class Scale:
 
 
 FULL = Scale()
-FULL_LORA = Scale(440, 110, 2, 24, (0.3, 1.0, 3.0), SEEDS[:3], test=1000, batch=4)
+FULL_LORA = Scale(440, 110, 2, 24, (0.1, 0.3, 1.0, 3.0), SEEDS[:3], test=1000, batch=4)
 """About 32,000 records trained on: 10 clients in a round, with 8 records or fewer each."""
-QUICK = Scale(4, 2, 1, 8, RATES[1:2], SEEDS[:2], 500)
+QUICK = Scale(4, 2, 1, 8, (10.0,), SEEDS[:2], 500)
 
 
 def scaled(setting: Setting, scale: Scale) -> Scale:
