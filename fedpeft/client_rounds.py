@@ -5,19 +5,19 @@ Clients of one process play it together, in groups that share passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedpeft.client_training import Trained, fitted
+from fedpeft.client_training import Trained, finished, fitted
 from fedpeft.errors import FedPeftError, TrainError, WireError
 from fedpeft.folds import assembled
 from fedpeft.grouping import Grouping
 from fedpeft.local_models import after_round
 from fedpeft.memory import Memory
+from fedpeft.missed_rounds import made_up, to_remember
 from fedpeft.plan import Plan
 from fedpeft.residuals import still_owed, with_owed
 from fedpeft.rng import derive, derive_seed
@@ -26,7 +26,6 @@ from fedpeft.tensors import clipped, is_finite, norm, prefixed, select, shapes_o
 from fedpeft.types import (
     Example,
     Learner,
-    Local,
     Scalar,
     Tensors,
 )
@@ -66,8 +65,9 @@ class Received:
     """A broadcast as a client holds it; ``tensors`` is all it has of the shared adapter.
 
     ``kept`` is what the correction remembers, ``own`` what there is of a personal adapter, ``owed``
-    what earlier updates lost, ``remembered`` are the edits of the base, what never changes and what
-    differences are to, that it has to remember.
+    what earlier updates lost, ``last`` what the broadcast before held, see ``missed_rounds.py``.
+    ``remembered`` are the edits of the base, what never changes and what differences are to, that
+    it has to remember.
     """
 
     told: Mapping[str, Scalar]
@@ -78,6 +78,7 @@ class Received:
     kept: Tensors
     own: Tensors
     owed: Tensors
+    last: Tensors
     remembered: Tensors
 
 
@@ -115,6 +116,7 @@ def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Receiv
         select(kept, "correction"),
         select(kept, "personal"),
         select(kept, "residual"),
+        select(kept, "last"),
         _to_keep(fold=fold, once=once, mirror=came.mirror) if keep else {},
     )
 
@@ -172,8 +174,9 @@ def group_round(
     if len({got.round for got in received}) > 1:
         raise WireError("messages are of different rounds")
     turns = [(a.client, got) for a, got in zip(asked, received, strict=True)]
-    found = fitted(plan, site, turns, grouping, on_step)
+    received = made_up(plan, site, turns, grouping, on_step)
     clients = [a.client for a in asked]
+    found = fitted(plan, site, list(zip(clients, received, strict=True)), grouping, on_step)
     personal = after_round(plan, site, clients, received, grouping, on_step)
     return [
         _finish(plan, site, a, got, replace(own, personal=its))
@@ -188,10 +191,7 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: Trained)
     if not np.isfinite(own.loss):
         why = "its loss is not finite: training diverged; lower the trainer's lr, or set clip"
         return Played(client, TrainError(why), memory)
-    trained = own.tensors
-    if not own.anchor:
-        trained = plan.adapter.after_fit(trained, got.tensors, round)
-    local = _local(site, got, own, trained, up["adapter"])
+    trained, local = finished(plan, site, (client, got), own)
     outgoing, inside = _clipped(got, plan.correction.outgoing(local))
     sections, arrived, owed = _encoded(plan, site, client, got, outgoing)
     extras_up, corrected = plan.correction.client_update(replace(local, delta=arrived))
@@ -205,32 +205,13 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: Trained)
         kept = {k: trained[k].copy() for k in sorted(roles.local)}
         news = {**prefixed("local", kept), **prefixed("correction", corrected)}
         news |= {**prefixed("personal", own.personal), **prefixed("residual", owed)}
+        news |= prefixed("last", to_remember(plan, site, got))
         news |= got.remembered
         if len(site.tables.phases) > 1:
             news |= prefixed(_TRAINED, {k: v.copy() for k, v in held.items()})
         memory = memory.after(got.acknowledged, round, news, once=_TRAINED)
     expected = site.tables.of(client, round).uplink.expected(up)
     return Played(client, body(sections, expected).seal(_told_back(got, own) | inside), memory)
-
-
-def _local(site: Client, got: Received, own: Trained, trained: Tensors, up: Iterable[str]) -> Local:
-    if own.anchor:
-        moved = {k: -own.gradient[k] for k in up}
-    else:
-        moved = {k: _minus(trained[k], got.tensors[k]) for k in up}
-    return Local(
-        got.tensors,
-        moved,
-        got.extras,
-        got.kept,
-        own.lr_sum,
-        own.steps,
-        own.constants,
-        own.gradient,
-        site.initial,
-        moved,
-        own.anchor,
-    )
 
 
 def _clipped(got: Received, delta: Tensors) -> tuple[Tensors, dict[str, Scalar]]:
@@ -298,9 +279,3 @@ def _answered(plan: Plan, site: Client, asked: Asked) -> Played:
 def _seed(plan: Plan, round: int) -> int:
     """Return the aggregator's seed of this round, which all sides know."""
     return derive_seed(plan.seed, round, "aggregator")
-
-
-def _minus(trained: NDArray[np.float32], received: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Subtract into the trained array, unless the trainer gave back what it was given."""
-    own = not np.may_share_memory(trained, received)
-    return np.subtract(trained, received, out=trained if own else None)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedpeft.errors import PlanError
 from fedpeft.grouping import Grouping
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
 from fedpeft.tensors import narrowed, owned, padded, shapes_of
-from fedpeft.types import Example, Job, Observing, Shapes, Tensors
+from fedpeft.types import Example, Job, Local, Observing, Shapes, Tensors
 
 if TYPE_CHECKING:
     from fedpeft.client_rounds import Client, Received
@@ -54,6 +55,31 @@ def fitted(
     found = _trained(plan, site, turns, grouping, on_step)
     found = _with_gradients(plan, site, turns, found, grouping.width)
     return _with_grams(plan, site, turns, found, grouping.width)
+
+
+def finished(plan: Plan, site: Client, turn: Turn, own: Trained) -> tuple[Tensors, Local]:
+    """Return what a client takes for trained, and what its correction may use."""
+    (client, got), trained = turn, own.tensors
+    if not own.anchor:
+        trained = plan.adapter.after_fit(trained, got.tensors, got.round)
+    up = site.tables.of(client, got.round).up(got.round)["adapter"]
+    if own.anchor:
+        moved = {k: -own.gradient[k] for k in up}
+    else:
+        moved = {k: _minus(trained[k], got.tensors[k]) for k in up}
+    return trained, Local(
+        got.tensors,
+        moved,
+        got.extras,
+        got.kept,
+        own.lr_sum,
+        own.steps,
+        own.constants,
+        own.gradient,
+        site.initial,
+        moved,
+        own.anchor,
+    )
 
 
 def _trained(
@@ -170,3 +196,9 @@ def _with_grams(
         examples.append(records)
     grams = dict(zip(finite, site.learner.grams(tensors, examples, width), strict=True))
     return [replace(own, grams=grams.get(k, {})) for k, own in enumerate(found)]
+
+
+def _minus(trained: NDArray[np.float32], received: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Subtract into the trained array, unless the trainer gave back what it was given."""
+    own = not np.may_share_memory(trained, received)
+    return np.subtract(trained, received, out=trained if own else None)

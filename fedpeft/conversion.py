@@ -14,7 +14,8 @@ from fedpeft.errors import PlanError
 from fedpeft.memory import Memory, MemoryStore, earlier
 from fedpeft.plan import Plan
 from fedpeft.rng import derive_seed
-from fedpeft.tensors import is_finite, shapes_of
+from fedpeft.tables import Tables
+from fedpeft.tensors import is_finite, shapes_of, size
 from fedpeft.types import Converting, Population, Stale, Summing, Tensors, Update
 
 if TYPE_CHECKING:
@@ -24,6 +25,14 @@ Aged: TypeAlias = Callable[[Update, int, Tensors, Tensors], Update]
 """See ``Schedule.aged``."""
 _KEPT = 2
 """Older versions of what is kept: one for each checkpoint that a run may be taken up from."""
+
+
+def found_bytes(plan: Plan, tables: Tables, clients: int) -> int:
+    """Return the bytes of what the server finds out about clients and keeps on disk, at most."""
+    if not isinstance(plan.schedule, Converting):
+        return 0
+    kept = plan.schedule.keeps(tables.up(0)["adapter"])
+    return (_KEPT + 1) * 4 * clients * size(kept.values())
 
 
 @dataclass

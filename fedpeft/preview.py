@@ -13,6 +13,7 @@ from fedpeft import folds, lowrank, releases, weighing
 from fedpeft.attendance import Attendance
 from fedpeft.broadcasts import header
 from fedpeft.coding import Coding
+from fedpeft.conversion import found_bytes
 from fedpeft.evaluation import evaluated_clients
 from fedpeft.federation import Federation
 from fedpeft.models._outline import Outline
@@ -138,6 +139,7 @@ def preview(plan: Plan) -> dict[str, Any]:
         "memory": {
             **_memory(found, shapes, tables, plan),
             "last_updates_bytes": weighing.kept_bytes(plan, tables, len(population)),
+            "found_bytes": found_bytes(plan, tables, len(population)),
         },
         "warnings": list(checked.warnings),
     }
@@ -314,6 +316,7 @@ def _local(plan: Plan, federation: Federation) -> dict[str, int]:
         "steps_least": min(steps for steps, _ in budgets),
         "steps_most": max(steps for steps, _ in budgets),
         "records_seen_per_round": sum(seen for _, seen in budgets),
+        "while_away": plan.correction.while_away,
     }
 
 
@@ -366,7 +369,15 @@ def _memory(found: Outline, shapes: Shapes, tables: Tables, plan: Plan) -> dict[
         "server_state_bytes": sum(value.nbytes for value in server),
         "personal_bytes": 4 * personal,
         "residual_bytes": 4 * size(owed.values()),
+        "away_bytes": _away_bytes(plan, tables),
     }
+
+
+def _away_bytes(plan: Plan, tables: Tables) -> int:
+    """Return the bytes of a broadcast that a client keeps to train with while it is away."""
+    sections = [tables.down(0).get(name, {}) for name in ("adapter", "control")]
+    each = 4 * sum(size(shapes.values()) for shapes in sections)
+    return each if plan.correction.while_away else 0
 
 
 def as_text(found: Mapping[str, Any]) -> str:
@@ -389,6 +400,7 @@ def as_text(found: Mapping[str, Any]) -> str:
         (
             "local work",
             f"{found['local']['steps_least']} to {found['local']['steps_most']} steps per round, "
+            + _missed(found["local"]["while_away"])
             + _more_work(found["personal"])
             + _SHARING[found["stacked"]],
         ),
@@ -421,12 +433,16 @@ def as_text(found: Mapping[str, Any]) -> str:
             for what, kept in (
                 ("personal adapter", memory["personal_bytes"]),
                 ("that encoding has lost", memory["residual_bytes"]),
+                ("what came last, to train with while away", memory["away_bytes"]),
             )
             if kept
         ),
         *(
-            ("kept by the server", f"{kept / 1e6:,.2f} MB last updates of all clients, on disk")
-            for kept in [memory["last_updates_bytes"]]
+            ("kept by the server", f"{kept / 1e6:,.2f} MB {what}, on disk")
+            for what, kept in (
+                ("last updates of all clients", memory["last_updates_bytes"]),
+                ("to convert stale updates, once all clients had one", memory["found_bytes"]),
+            )
             if kept
         ),
         ("weights act on", weighing.SPACES[found["weights"]["space"]]),
@@ -477,6 +493,11 @@ def _reach(found: Mapping[str, Any]) -> str:
     if found["reachable"] == found["clients"]:
         return ""
     return f"{found['reachable']:g} of them within reach on average, "
+
+
+def _missed(most: int) -> str:
+    """Say what clients make up for."""
+    return f"and as many for each of up to {most} rounds missed, " if most else ""
 
 
 def _more_work(personal: Mapping[str, Any]) -> str:

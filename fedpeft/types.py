@@ -771,11 +771,13 @@ class Correction(Protocol):
     Every method has a default that does nothing; a correction overrides what it needs, and says
     with ``remembers`` whether :meth:`client_update` returns memory. ``gradient`` says where each
     client works out the mean gradient over all its records: where it ``received``, where it
-    ``trained``, or never.
+    ``trained``, or never. In the first ``while_away`` rounds after one whose reply was used, a
+    client that has no part in them trains all the same, see :meth:`away_update`.
     """
 
     remembers: ClassVar[bool] = False
     gradient: ClassVar[Literal["never", "received", "trained"]] = "never"
+    while_away: int = 0
 
     def server_init(self, params: Tensors) -> Tensors:
         """Return the server's control state before round 0."""
@@ -821,6 +823,13 @@ class Correction(Protocol):
     def client_update(self, local: Local) -> tuple[Tensors, Tensors]:
         """Return (extras that travel up, new memory)."""
         return {}, {}
+
+    def away_update(self, local: Local) -> Tensors:
+        """Return the memory after a round that the client trained in while it was away.
+
+        It began with what it last received; nothing is sent.
+        """
+        return local.memory
 
     def extras_up(self, shapes: Shapes) -> Shapes:
         """Return the names and shapes of the extras that travel up."""
@@ -1220,6 +1229,10 @@ class Converting(Protocol):
         Without one the update is :meth:`Schedule.aged`; with one it counts as if it were fresh.
         Where there is nothing to keep, what was kept stays.
         """
+        ...
+
+    def keeps(self, shapes: Shapes) -> Shapes:
+        """Return what is kept of a client, where updates have these ``shapes``; all float32."""
         ...
 
 

@@ -180,15 +180,30 @@ def fedamd(world: World, p: float = 0.4, every: int | None = None) -> list[F64]:
     return found
 
 
-def admm(world: World, rho: float = 0.7, robust: bool = False) -> list[F64]:
+def admm(
+    world: World, rho: float = 0.7, robust: bool = False, away: int = 0, lost: int = -1
+) -> list[F64]:
+    """Clients train in every round they miss, when they miss it; nobody gets replies to ``lost``.
+
+    With a dual that was never used nothing of a lost round is left, whoever trained in it.
+    """
     x, z, sent, found = ZERO, np.zeros((CLIENTS, WIDTH)), np.zeros((CLIENTS, WIDTH)), []
+    last, asked = dict[int, F64](), dict[int, int]()
+
+    def trained(r: int, i: int, at: F64) -> F64:
+        w = at
+        for s in world.batches(r, i):
+            w = w - LR * (world.gradient(i, w, s) + z[i] + rho * (w - at))
+        z[i] = -world.mean_gradient(i, w) if robust else z[i] + rho * (w - at)
+        return w
+
     for r, cohort in enumerate(world.cohorts):
-        for i in cohort:
-            w = x
-            for s in world.batches(r, i):
-                w = w - LR * (world.gradient(i, w, s) + z[i] + rho * (w - x))
-            z[i] = -world.mean_gradient(i, w) if robust else z[i] + rho * (w - x)
-            sent[i] = w + z[i] / rho
+        for i in range(CLIENTS):
+            if i in cohort and r != lost:
+                last[i], asked[i] = x, r
+                sent[i] = trained(r, i, x) + z[i] / rho
+            elif i in last and r - asked[i] <= away:
+                trained(r, i, last[i])
         x = sent.mean(0)
         found.append(x)
     return found
@@ -206,6 +221,14 @@ RULES: Mapping[str, tuple[Rule, Mapping[str, Any]]] = {
     "fedamd(every=3)": (lambda world: fedamd(world, every=3), {}),
     "admm(rho=0.7)": (admm, POPULATION),
     "admm_robust(rho=0.7)": (lambda world: admm(world, robust=True), POPULATION),
+    "admm_robust(rho=0.7, while_away=1)": (
+        lambda world: admm(world, robust=True, away=1),
+        POPULATION,
+    ),
+    "admm_robust(rho=0.7, while_away=9)": (
+        lambda world: admm(world, robust=True, away=9),
+        POPULATION,
+    ),
 }
 
 

@@ -17,11 +17,13 @@ from fedpeft.cohorts.everyone import Everyone
 from fedpeft.conversion import Conversion
 from fedpeft.errors import PlanError, SpecError
 from fedpeft.memory import InProcess, Memory
+from fedpeft.preview import as_text, preview
 from fedpeft.schedules import _unrolled
 from fedpeft.schedules._staleness import compensated
 from fedpeft.schedules._unrolled import Dummies
 from fedpeft.schedules.inversion import Inversion
 from fedpeft.spec import build
+from fedpeft.tensor_file import read_tensor_file
 from fedpeft.types import Correction, Stale, Tensors, Update
 from fedpeft.watching import Quiet
 from tests.tiny import support_plan
@@ -282,6 +284,24 @@ def test_a_run_that_is_resumed_is_the_run_that_never_stopped(bert: Path, tmp_pat
     kept = files(tmp_path / "whole/found")
     assert files(tmp_path / "run/found") == kept
     assert len(kept) > 1
+
+
+def test_the_preview_counts_what_lies_on_disk(bert: Path, tmp_path: Path) -> None:
+    """Of a client that had three stale updates or more; of others there is less."""
+    plan = plan_of(bert, rounds=14)
+    simulate(plan, out=tmp_path / "run")
+    found = preview(plan)
+    most = found["memory"]["found_bytes"] / found["clients"]
+    each = dict[int, set[int]]()
+    for path in (tmp_path / "run/found").glob("*.safetensors"):
+        held, note = read_tensor_file(path, "")
+        values = sum(value.nbytes for value in held.values())
+        each.setdefault(len(note["versions"]), set()).add(values)
+        assert 0 < path.stat().st_size - values < 2000  # names, shapes and a checksum
+    assert each.pop(3) == {most}
+    assert all(values == {most * count / 3} for count, values in each.items())
+    assert "to convert stale updates, once all clients had one, on disk" in as_text(found)
+    assert preview(plan_of(bert, schedule="sync"))["memory"]["found_bytes"] == 0
 
 
 def test_engines_agree_and_the_model_is_another_than_without(bert: Path) -> None:

@@ -138,7 +138,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the round before": {"correction": "scaffold_m_vr(beta=0.3)", "compare": ""},
     "anchors": {"correction": "fedamd(p=0.5)", "compare": ""},
     "duals": {
-        "correction": "admm_robust",
+        "correction": "admm_robust(while_away=2)",
+        "cohort": "uniform(size=2)",
         "weighting": "uniform(denominator='population')",
         "optimizer": "sgd",
         "compare": "",

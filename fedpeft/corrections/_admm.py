@@ -38,6 +38,11 @@ def kept(local: Local, dual: Tensors) -> Tensors:
     return {**local.memory, **prefixed("dual", dual), **prefixed("known", known)}
 
 
+def rested(local: Local, dual: Tensors) -> Tensors:
+    """Return the memory where nothing was sent: the dual moves, what the server has does not."""
+    return {**local.memory, **prefixed("dual", dual)}
+
+
 def _held(local: Local) -> Tensors:
     """Return what the server has of this client: before its first reply, where the run began."""
     known = select(local.memory, "known")

@@ -17,9 +17,15 @@ class AdmmRobust(Correction):
     The dual is a function of where the client is, so errors of the links and of unsolved local
     problems do not add up in it; one pass more over the records, without dropout. Experimental: the
     paper's own recursions could not be read, and this is what follows from what it says of them.
+
+    In the first ``while_away`` rounds in a row that a client has no part in, it trains as it would
+    have, with the adapter that it last received, and sends nothing. It makes up for them when it is
+    next asked, so its reply takes as much longer; a client that was never asked has nothing to
+    train with.
     """
 
     rho: float = bounded(default=0.1, above=0)
+    while_away: int = bounded(default=0, low=0)
 
     needs: ClassVar[Mapping[str, str]] = _admm.NEEDS
     offers: ClassVar[Mapping[str, str]] = _control.READS
@@ -44,6 +50,10 @@ class AdmmRobust(Correction):
     def client_update(self, local: Local) -> tuple[Tensors, Tensors]:
         """Keep minus the gradient, and what the server has of this client."""
         return {}, _admm.kept(local, self._dual(local))
+
+    def away_update(self, local: Local) -> Tensors:
+        """Keep minus the gradient; the server has what it had."""
+        return _admm.rested(local, self._dual(local))
 
     def _dual(self, local: Local) -> Tensors:
         return {k: -v for k, v in local.gradient.items()}

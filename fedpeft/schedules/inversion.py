@@ -10,7 +10,17 @@ import numpy as np
 from fedpeft.errors import SpecError
 from fedpeft.spec import bounded, method, wrapped
 from fedpeft.tensors import prefixed, select, zeros_like
-from fedpeft.types import Converting, Flight, Rng, Schedule, Stale, Standing, Tensors, Update
+from fedpeft.types import (
+    Converting,
+    Flight,
+    Rng,
+    Schedule,
+    Shapes,
+    Stale,
+    Standing,
+    Tensors,
+    Update,
+)
 
 
 @method
@@ -101,6 +111,16 @@ class Inversion(Schedule):
         if worse or not _apart(again, delta) < _apart(zeros_like(delta), delta):
             return None, kept
         return _unrolled.made(stale, stale.now, found), kept
+
+    def keeps(self, shapes: Shapes) -> Shapes:
+        """Return the shapes of the dummies and of the last update."""
+        classes, width = next(shape for shape in shapes.values() if len(shape) == 2)
+        found = {"features": (self.dummies, width), "labels": (self.dummies, classes)}
+        return {
+            f"{part}/{k}": s
+            for part, own in (("dummies", found), ("update", shapes))
+            for k, s in own.items()
+        }
 
     def aged(self, update: Update, staleness: int, then: Tensors, now: Tensors) -> Update:
         """Return what counts of an update that is not converted."""
