@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -57,7 +57,7 @@ CALLS = (
 class Clock(Quiet):
     """CPU seconds of each round, and of what in it belongs to the promise."""
 
-    spent: Counter[str] = field(default_factory=Counter)
+    spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     rounds: list[dict[str, float]] = field(default_factory=list)
     _at: float = 0.0
 
