@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ from fedpeft.flower import (
     read_packet,
 )
 from fedpeft.flower_config import Settings, home, read_config
+from fedpeft.hiding import Purse
+from fedpeft.ledger import OnDiskLedgers
 from fedpeft.memory import Memory, OnDisk
 from fedpeft.plan import Plan
 from fedpeft.site import Site
@@ -75,14 +78,15 @@ def train(message: Message, context: Context) -> Message:
         client = _addressed(message, federation, context)
         site = _site(plan, settings, federation)
         packet = read_packet(message.content)
+        purse = _purse(context)
         if not (site.tables.stores or site.tables.keeps):
-            reply, _ = client_round(plan, site, client, packet, Memory())
+            reply, _ = client_round(plan, site, client, packet, Memory(), purse)
             return packet_record(reply)
         folder = _memory(packet)
         with _alone(folder, client):
             memory = OnDisk(folder).load(client)
             _check_newest(client, packet, memory)
-            reply, after = client_round(plan, site, client, packet, memory)
+            reply, after = client_round(plan, site, client, packet, memory, purse)
             if after is not memory:
                 OnDisk(folder).save(client, after)
         return packet_record(reply)
@@ -157,6 +161,23 @@ def _check_newest(client: str, packet: bytes, memory: Memory) -> None:
     newest, round = max(memory.versions, default=-1), peek(packet).get("round")
     if isinstance(round, int) and round < newest:
         raise RunError(f"round {round} is over: {client} has played round {newest}")
+
+
+def _purse(context: Context) -> Purse:
+    """Return where this node's clients write down what they spend, in whatever run.
+
+    Its ``max-epsilon``, at its ``max-delta``, is what all runs together may spend of a data set.
+    """
+    most, delta = (context.node_config.get(k) for k in ("max-epsilon", "max-delta"))
+    ledgers = OnDiskLedgers(home() / "ledgers")
+    if most is None:
+        return Purse(ledgers)
+    if not isinstance(most, int | float) or isinstance(most, bool) or not 0 < most < math.inf:
+        raise RunError(f"this node's max-epsilon={most!r} is no number above 0")
+    delta = 1e-5 if delta is None else delta
+    if not isinstance(delta, float) or not 0 < delta < 1:
+        raise RunError(f"this node's max-delta={delta!r} is no number between 0 and 1")
+    return Purse(ledgers, (float(most), delta))
 
 
 def _memory(packet: bytes) -> Path:

@@ -11,10 +11,12 @@ from typing import Protocol
 
 import numpy as np
 
+from fedpeft import hiding
 from fedpeft.client_training import Trained, finished, fitted
 from fedpeft.errors import FedPeftError, TrainError, WireError
 from fedpeft.folds import assembled
 from fedpeft.grouping import Grouping
+from fedpeft.hiding import Purse
 from fedpeft.local_models import after_round
 from fedpeft.memory import Memory
 from fedpeft.missed_rounds import made_up, to_remember
@@ -67,7 +69,7 @@ class Received:
     ``kept`` is what the correction remembers, ``own`` what there is of a personal adapter, ``owed``
     what earlier updates lost, ``last`` what the broadcast before held, see ``missed_rounds.py``.
     ``remembered`` are the edits of the base, what never changes and what differences are to, that
-    it has to remember.
+    it has to remember. ``key`` decides what hides its records.
     """
 
     told: Mapping[str, Scalar]
@@ -80,6 +82,7 @@ class Received:
     owed: Tensors
     last: Tensors
     remembered: Tensors
+    key: bytes = b""
 
 
 def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Received:
@@ -127,11 +130,12 @@ def _to_keep(**what: Tensors) -> Tensors:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A client of this process, what came for it, and what it remembers."""
+    """A client of this process, what came for it, what it remembers and what it may spend."""
 
     client: str
     message: Message | bytes
     memory: Memory
+    purse: Purse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +148,19 @@ class Played:
 
 
 def client_round(
-    plan: Plan, site: Client, client: str, message: Message | bytes, memory: Memory
+    plan: Plan,
+    site: Client,
+    client: str,
+    message: Message | bytes,
+    memory: Memory,
+    purse: Purse | None = None,
 ) -> tuple[Message, Memory]:
     """Decode, train, subtract, encode.
 
-    Raises ``WireError`` for a message that is no broadcast, ``TrainError`` where training fails.
+    Raises ``WireError`` for a message that is no broadcast, ``TrainError`` where training fails,
+    ``BudgetError`` where it would spend more privacy than ``purse`` or the plan allow.
     """
-    (played,) = group_round(plan, site, [Asked(client, message, memory)])
+    (played,) = group_round(plan, site, [Asked(client, message, memory, purse)])
     if isinstance(played.reply, FedPeftError):
         raise played.reply
     return played.reply, played.memory
@@ -173,22 +183,36 @@ def group_round(
     received = [receive(plan, site, a, training=True) for a in asked]
     if len({got.round for got in received}) > 1:
         raise WireError("messages are of different rounds")
-    turns = [(a.client, got) for a, got in zip(asked, received, strict=True)]
-    received = made_up(plan, site, turns, grouping, on_step)
-    clients = [a.client for a in asked]
+    ready, refused = list[tuple[Asked, Received]](), dict[str, Played]()
+    for a, got in zip(asked, received, strict=True):
+        try:
+            ready.append((a, replace(got, key=_key(plan, site, a, got))))
+        except FedPeftError as error:
+            refused[a.client] = Played(a.client, error, a.memory)
+    if not ready:
+        return [refused[a.client] for a in asked]
+    received = made_up(plan, site, [(a.client, got) for a, got in ready], grouping, on_step)
+    clients = [a.client for a, _ in ready]
     found = fitted(plan, site, list(zip(clients, received, strict=True)), grouping, on_step)
     personal = after_round(plan, site, clients, received, grouping, on_step)
-    return [
-        _finish(plan, site, a, got, replace(own, personal=its))
-        for a, got, own, its in zip(asked, received, found, personal, strict=True)
-    ]
+    played = {
+        a.client: _finish(plan, site, a, got, replace(own, personal=its))
+        for (a, _), got, own, its in zip(ready, received, found, personal, strict=True)
+    }
+    return [(played | refused)[a.client] for a in asked]
+
+
+def _key(plan: Plan, site: Client, asked: Asked, got: Received) -> bytes:
+    """Return the key of what hides the client's records; from now on its round has counted."""
+    run, depends = str(got.told.get("run", "")), (got.tensors, got.extras, got.kept)
+    return hiding.key_of(plan, site, asked.client, (run, got.round), depends, asked.purse)
 
 
 def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: Trained) -> Played:
     """Subtract, encode and remember: what a client does with what it trained."""
     client, round, memory = asked.client, got.round, asked.memory
     roles, up = site.tables.roles(round), site.tables.of(client, round).up(round)
-    if not np.isfinite(own.loss):
+    if not (is_finite(own.tensors) if plan.privacy.hides else np.isfinite(own.loss)):
         why = "its loss is not finite: training diverged; lower the trainer's lr, or set clip"
         return Played(client, TrainError(why), memory)
     trained, local = finished(plan, site, (client, got), own)
@@ -211,7 +235,9 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: Trained)
             news |= prefixed(_TRAINED, {k: v.copy() for k, v in held.items()})
         memory = memory.after(got.acknowledged, round, news, once=_TRAINED)
     expected = site.tables.of(client, round).uplink.expected(up)
-    return Played(client, body(sections, expected).seal(_told_back(got, own) | inside), memory)
+    return Played(
+        client, body(sections, expected).seal(_told_back(plan, got, own) | inside), memory
+    )
 
 
 def _clipped(got: Received, delta: Tensors) -> tuple[Tensors, dict[str, Scalar]]:
@@ -244,15 +270,16 @@ def _encoded(
     return sections, arrived, still_owed(owing, got.owed, given, arrived, whole)
 
 
-def _told_back(got: Received, own: Trained) -> dict[str, Scalar]:
-    return {
+def _told_back(plan: Plan, got: Received, own: Trained) -> dict[str, Scalar]:
+    """Return what a reply says of the work; where records are hidden nothing depends on them."""
+    found: dict[str, Scalar] = {
         "run": got.told.get("run", ""),
         "round": got.round,
         "steps": own.steps,
         "lr_sum": own.lr_sum,
         "seen": own.seen,
-        "loss": own.loss,
     }
+    return found if plan.privacy.hides else {**found, "loss": own.loss}
 
 
 def _answered(plan: Plan, site: Client, asked: Asked) -> Played:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedpeft.errors import PlanError
 from fedpeft.grouping import Grouping
+from fedpeft.hiding import check_records, hidden, units_of
 from fedpeft.plan import Plan
 from fedpeft.rng import derive, derive_seed
 from fedpeft.tensors import narrowed, owned, padded, shapes_of
@@ -52,6 +53,8 @@ def fitted(
     on_step: Callable[[int], None],
 ) -> list[Trained]:
     """Return what each client trained, in the order of ``turns``, and what it looked at."""
+    if plan.privacy.hides:
+        check_records(plan, site, turns[0][0], turns[0][1].tensors, turns[0][1].round)
     found = _trained(plan, site, turns, grouping, on_step)
     found = _with_gradients(plan, site, turns, found, grouping.width)
     return _with_grams(plan, site, turns, found, grouping.width)
@@ -93,7 +96,7 @@ def _trained(
     from fedpeft.stacking import unstack
 
     found = dict[int, Trained]()
-    budgets = [plan.trainer.budget(len(site.train(client)))[0] for client, _ in turns]
+    budgets = [plan.trainer.budget(units_of(plan, site, client))[0] for client, _ in turns]
     for k, (client, got) in enumerate(turns):
         if plan.correction.anchor(client, got.round, plan.seed):
             still = {name: got.tensors[name] for name in site.tables.roles(got.round).train}
@@ -107,11 +110,12 @@ def _trained(
         raise PlanError("trainer: changed the tensors it was given in place; it must copy them")
     constants = unstack(fit.constants) or [{}] * len(order)
     for at, (k, own) in enumerate(zip(order, unstack(fit.params), strict=True)):
+        units = units_of(plan, site, turns[k][0])
         found[k] = Trained(
             narrowed(own, shapes_of(turns[k][1].tensors)),
             fit.steps[at],
             fit.lr_sums[at],
-            fit.seen[at],
+            plan.trainer.budget(units)[1] if plan.privacy.hides else fit.seen[at],
             fit.losses[at],
             constants=constants[at],
         )
@@ -139,6 +143,7 @@ def _job(plan: Plan, site: Client, turns: Sequence[Turn]) -> Job:
         masks=stack(owned(trained, shapes), device),
         precondition=plan.adapter.precondition,
         progress=(round / plan.rounds, (round + 1) / plan.rounds),
+        hidden=hidden(plan, site, {client: got.key for client, got in turns}),
     )
 
 

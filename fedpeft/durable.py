@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
+import re
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from fedpeft.errors import RunError
 
-KINDS = ("plan", "memory", "checkpoint", "ledger", "adapter", "compare", "result")
+KINDS = ("plan", "memory", "checkpoint", "ledger", "adapter", "compare", "result", "spending")
 """What is written: see ``run_folder.py`` for the files."""
 MOMENTS = ("begun", "half", "written", "synced", "renamed", "settled")
 """Nothing yet; half the bytes; before fsync; after it and before the rename; after the rename and
@@ -37,6 +39,12 @@ def fault(point: str) -> None:
     _passed[point] = _passed.get(point, 0) + 1
     if _passed[point] == int(count or 1):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def file_name(name: str) -> str:
+    """Return any name as that of a file: no two have the same."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:60]
+    return f"{plain}-{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
 
 
 def replace_file(path: Path, pieces: Iterable[bytes], kind: str, *, private: bool = False) -> None:

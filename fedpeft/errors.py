@@ -7,6 +7,7 @@
     ├── ModelError   a base model, tokenizer or adapter folder that cannot be used
     │   └── GroupError   a model or adapter whose clients cannot share a pass
     ├── TrainError   training that did not stay finite; a pass that does not fit into memory
+    ├── BudgetError  training that would spend more privacy than was promised
     ├── WireError    bytes from outside that are not the expected packet
     └── RunError     a run folder that is in use, finished, changed, damaged or in the way
         └── DamagedError  a file of a run whose content is not what was written
@@ -47,6 +48,10 @@ class GroupError(ModelError):
 
 class TrainError(FedPeftError, ArithmeticError):
     """Training that did not stay finite, or a pass that does not fit into memory."""
+
+
+class BudgetError(FedPeftError, PermissionError):
+    """Training that would spend more privacy than a plan promises or a site allows."""
 
 
 class WireError(FedPeftError, ValueError):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft import releases
+from fedpeft import hiding, releases
 from fedpeft.durable import remove_folder, replace_folder
 from fedpeft.errors import ModelError
 from fedpeft.plan import Plan
@@ -131,6 +131,7 @@ def model_card(
         "Clients": len(site.federation.train),
         **(_of_clients(site, history) if not plan.privacy.secret else {}),
         **releases.card(plan, len(site.federation.train), len(history)),
+        **hiding.card(plan, site.federation.counted, len(history)),
     }
     text = ["# Federated adapter", "", "Trained with fedpeft; the plan is below.", ""]
     text += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items()), ""]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedpeft.errors import DataError, FedPeftError, PlanError, RunError
 from fedpeft.plan import Plan
 from fedpeft.rng import derive
+from fedpeft.spec import nearest
 from fedpeft.types import Crowd, Population, Row, Splits
 
 
@@ -40,7 +41,8 @@ class Dealt(Mapping[str, NDArray[np.int64]]):
 class Federation:
     """Row numbers of every client: those it trains on and those held out for evaluation.
 
-    ``labels`` has the number of each training row's label, where the task has labels.
+    ``labels`` has the number of each training row's label, where the task has labels; ``units``
+    that of the unit it belongs to, where privacy hides units of several records.
     """
 
     splits: Splits
@@ -48,6 +50,7 @@ class Federation:
     train: Mapping[str, NDArray[np.int64]]
     held: Mapping[str, NDArray[np.int64]]
     labels: NDArray[Any] | None = None
+    units: NDArray[Any] | None = None
 
     def crowd(self, seed: int) -> Crowd:
         """Return the clients by the labels of their training records; ``seed`` is the plan's."""
@@ -62,6 +65,29 @@ class Federation:
     def population(self) -> Population:
         """Every client with its number of training records."""
         return {client: len(rows) for client, rows in self.train.items()}
+
+    def members(self, client: str) -> Sequence[NDArray[np.int64]]:
+        """Return a client's training records, counted from 0, those of a unit together."""
+        rows = self.train[client]
+        if self.units is None:
+            return np.arange(len(rows)).reshape(-1, 1)  # type: ignore[return-value]
+        _, which, counts = np.unique(self.units[rows], return_inverse=True, return_counts=True)
+        return np.split(np.argsort(which, kind="stable"), np.cumsum(counts)[:-1])
+
+    @cached_property
+    def counted(self) -> Population:
+        """Every client with its number of units: of records, where each is by itself."""
+        if self.units is None:
+            return self.population
+        return {client: len(np.unique(self.units[rows])) for client, rows in self.train.items()}
+
+    @cached_property
+    def scattered(self) -> int:
+        """How many units have records at several clients, each of which hides its own alone."""
+        if self.units is None:
+            return 0
+        each = [np.unique(self.units[rows]) for rows in self.train.values()]
+        return int((np.bincount(np.concatenate(each)) > 1).sum())
 
     def without_rows(self) -> Federation:
         """Return what is needed once the texts are tokenised: small, and cheap to pickle."""
@@ -113,7 +139,31 @@ def deal(plan: Plan) -> Federation:
     places = {client: place for place, client in enumerate(sorted(dealt))}
     train, held = zip(*(_hold_out(plan, client, dealt[client]) for client in places), strict=True)
     dealt_train, dealt_held = Dealt(places, train), Dealt(places, held)
-    return Federation(splits, classes, dealt_train, dealt_held, _numbered(labels, classes))
+    units = _units(plan, splits.train)
+    numbered = _numbered(labels, classes)
+    return Federation(splits, classes, dealt_train, dealt_held, numbered, units)
+
+
+def _units(plan: Plan, rows: Sequence[Row]) -> NDArray[np.int64] | None:
+    """Return which unit each row is of, where privacy hides several records as one.
+
+    Raises ``DataError`` for a row that says none: it would be hidden from nobody.
+    """
+    column = plan.privacy.unit
+    if column is None:
+        return None
+    places: dict[Hashable, int] = {}
+    found = np.empty(len(rows), np.int64)
+    for i, row in enumerate(rows):
+        value = row.get(column)
+        if not isinstance(value, str | int | float) or value == "" or value != value:
+            what = f"has no column {column!r}" if column not in row else f"has no {column}"
+            raise DataError(
+                f"privacy: unit={column!r}: data: train: row {i + 1} {what}"
+                f"{nearest(column, [str(k) for k in row]) if column not in row else ''}"
+            )
+        found[i] = places.setdefault(str(value), len(places))
+    return found
 
 
 def _numbered(

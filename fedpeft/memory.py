@@ -7,8 +7,6 @@ acknowledged before that, for a server that goes back to its last checkpoint but
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +14,9 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from fedpeft.durable import settle, write_pending
+from fedpeft.durable import file_name, settle, write_pending
 from fedpeft.errors import DamagedError, RunError
+from fedpeft.ledger import InProcessLedgers, Ledgers, OnDiskLedgers
 from fedpeft.tensor_file import read_tensor_file, tensor_bytes
 from fedpeft.tensors import prefixed, select
 from fedpeft.types import Tensors
@@ -60,7 +59,9 @@ class Memory:
 
 
 class MemoryStore(Protocol):
-    """Where the memories of the clients of one process are."""
+    """Where the memories of the clients of one process are; ``ledgers``: what they have spent."""
+
+    ledgers: Ledgers
 
     def load(self, client: str) -> Memory:
         """Return a client's memory; an empty one where there is none."""
@@ -86,6 +87,7 @@ class InProcess:
 
     def __init__(self) -> None:
         self._held: dict[str, Memory] = {}
+        self.ledgers: Ledgers = InProcessLedgers()
 
     def load(self, client: str) -> Memory:
         """Return a client's memory."""
@@ -110,6 +112,7 @@ class OnDisk:
 
     def __init__(self, folder: Path, *, deferred: bool = False) -> None:
         self.folder, self.deferred = folder, deferred
+        self.ledgers: Ledgers = OnDiskLedgers(folder / "ledgers")
 
     def load(self, client: str) -> Memory:
         """Return a client's memory. Raises ``RunError`` where its file is damaged."""
@@ -149,7 +152,5 @@ class OnDisk:
         settle({pending: settled for settled, pending in paths if pending.exists()}, "memory")
 
     def _paths(self, client: str) -> tuple[Path, Path]:
-        plain = re.sub(r"[^A-Za-z0-9._-]", "_", client)[:60]
-        digest = hashlib.blake2b(client.encode(), digest_size=6).hexdigest()
-        name = self.folder / f"{plain}-{digest}"
-        return name.with_name(f"{name.name}.safetensors"), name.with_name(f"{name.name}.pending")
+        name = file_name(client)
+        return self.folder / f"{name}.safetensors", self.folder / f"{name}.pending"

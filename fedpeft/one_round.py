@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from fedpeft import events
+from fedpeft import events, hiding
 from fedpeft.attendance import Attendance
 from fedpeft.broadcasts import Bodies, messages
 from fedpeft.checkpoint import Checkpoint
@@ -123,6 +123,7 @@ def one_round(run: Run, at: Checkpoint) -> Checkpoint:
         run.watch.warn(problem)  # to stop here would tell of clients: what is released is noise
     line = _line(run, course, report, sent, weights)
     line |= spent(plan, len(population), state)
+    line |= hiding.spent(plan, run.site.federation.counted, state.round + 1)
     line |= {"reachable": len(reachable), "participants": len(after.acks)}
     line |= {"converted": conversion.count} if isinstance(plan.schedule, Converting) else {}
     line["server_seconds"] = round(time.perf_counter() - began - sent.waited, 3)

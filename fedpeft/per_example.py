@@ -8,27 +8,30 @@ their client's share (0). Nothing here adds noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from fedpeft.errors import ModelError, SpecError
-from fedpeft.types import Batch, Learner, Stacked
+from fedpeft.types import Batch, Example, Learner, Stacked
 
 CHUNK = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Clipped:
-    """Sums [K, ...] of clipped gradients; norms before clipping and losses of the records [K * b].
+    """Sums [K, ...] of clipped gradients; norms before clipping, and losses of the records [K * b].
 
-    Adding or removing one record of a client moves its sums by at most the clipping norm, in the
-    L2 norm over all tensors jointly and to rounding; replacing one, by at most twice as much. Norms
-    (float64) and losses (nats) have no such bound: they are not to leave the client as they are.
+    Adding or removing one record (or one unit) of a client moves its sums by at most the clipping
+    norm, in the L2 norm over all tensors jointly and to rounding; replacing one, by at most twice
+    as much. ``sums`` have the parameters' type, ``exact`` is the same in float64. Norms (float64;
+    of records [K * b], or of units, client after client) and losses (nats) have no such bound: they
+    are not to leave the client as they are.
     """
 
     sums: Stacked
+    exact: Stacked
     norms: torch.Tensor
     losses: torch.Tensor
 
@@ -76,6 +79,7 @@ def clipped_sums(
     *,
     clip: float,
     chunk: int = CHUNK,
+    owners: Sequence[int] | None = None,
 ) -> Clipped:
     """Sum each client's gradients, every record's scaled by ``min(1, clip / norm)``.
 
@@ -84,15 +88,19 @@ def clipped_sums(
     (nats per unit of a parameter). Other arguments and errors as of :func:`gradients`, and
     ``SpecError`` where ``clip`` is not positive and finite. No record gives a sum of zero.
 
-    A record whose norm is not finite contributes zero, and its norm says so. That is decided by
-    the record alone and stays within the bound, so the sensitivity holds; an error would show
-    whoever sees it that one record is there, and no noise covers that.
+    ``owners`` [K * b] says which of its client's units, counted from 0, each row is of: then the
+    mean gradient of a unit's records is clipped, not each of them. All units' means are held at
+    a time.
+
+    A record or unit whose norm is not finite contributes zero, and its norm says so. That is
+    decided by itself alone and stays within the bound, so the sensitivity holds; an error would
+    show whoever sees it that one record is there, and no noise covers that.
     """
     if not 0 < clip < float("inf"):
         raise SpecError(f"per_example: clip={clip} must be above 0 and finite")
-    exact = torch.float64  # in float32 a factor that underflows would let a gradient exceed clip
-    sums = {name: value.new_zeros(value.shape, dtype=exact) for name, value in params.items()}
-    lengths = [batch.weights.new_empty(0, dtype=exact)]
+    if owners is not None:
+        return _clipped_units(learner, params, fixed, batch, clip, chunk, owners)
+    sums, lengths = _zeros(params), [batch.weights.new_empty(0, dtype=_EXACT)]
     losses = [batch.weights.new_empty(0)]
     for part in _parts(learner, params, fixed, batch, chunk):
         own = _norms(part)
@@ -103,8 +111,81 @@ def clipped_sums(
             sums[name][part.clients] += scaled.reshape(clients, -1, *grad.shape[1:]).sum(1)
         lengths.append(own)
         losses.append(part.losses)
-    rounded = {name: value.to(params[name].dtype) for name, value in sums.items()}
-    return Clipped(rounded, torch.cat(lengths), torch.cat(losses))
+    return Clipped(_rounded(sums, params), sums, torch.cat(lengths), torch.cat(losses))
+
+
+def check(learner: Learner, params: Stacked, fixed: Stacked, records: Sequence[Example]) -> None:
+    """Raise ``ModelError`` where records that share a pass do not have the gradients of each alone.
+
+    So it is with losses that are means over a batch, with normalisation over it, and with layers
+    that choose among all its tokens: clipping would bound nothing. ``params`` and ``fixed``
+    [1, ...] are one client's.
+    """
+    together, _ = gradients(learner, params, fixed, learner.collate(records, [1.0] * len(records)))
+    for k, record in enumerate(records):
+        alone, _ = gradients(learner, params, fixed, learner.collate([record], [1.0]))
+        apart = sum(
+            float((together[n][k] - v[0]).double().square().sum()) for n, v in alone.items()
+        )
+        length = sum(float(v.double().square().sum()) for v in alone.values())
+        if not apart <= _APART**2 * length:
+            raise ModelError(
+                "privacy: the gradient of a record depends on the others in its batch, so clipping "
+                "it bounds nothing; the task's losses must be one per record, and the model and "
+                "the adapter must treat each record by itself"
+            )
+
+
+_EXACT = torch.float64
+"""In float32 a factor that underflows would let a gradient exceed the clip."""
+_APART = 0.1
+"""Gradients that differ by rounding alone, also in bfloat16, are closer; batch means never are."""
+
+
+def _zeros(like: Stacked) -> Stacked:
+    return {name: value.new_zeros(value.shape, dtype=_EXACT) for name, value in like.items()}
+
+
+def _rounded(exact: Stacked, like: Stacked) -> Stacked:
+    return {name: value.to(like[name].dtype) for name, value in exact.items()}
+
+
+def _clipped_units(
+    learner: Learner,
+    params: Stacked,
+    fixed: Stacked,
+    batch: Batch,
+    clip: float,
+    chunk: int,
+    owners: Sequence[int],
+) -> Clipped:
+    """Clip the mean gradients of units; a client has equally many places for them as any other."""
+    clients, real = len(next(iter(params.values()))), batch.weights != 0
+    most = max(owners, default=-1) + 1
+    each = len(owners) // clients
+    where = torch.tensor(owners, device=real.device)
+    where = where + most * torch.arange(len(owners), device=real.device).div(
+        max(each, 1), rounding_mode="floor"
+    )
+    counts = torch.zeros(clients * most, dtype=_EXACT, device=real.device)
+    counts.index_add_(0, where, real.to(_EXACT))
+    sums = {n: v.new_zeros(clients * most, *v.shape[1:], dtype=_EXACT) for n, v in params.items()}
+    losses = [batch.weights.new_empty(0)]
+    for part in _parts(learner, params, fixed, batch, chunk):
+        for name, grad in part.grads.items():
+            sums[name].index_add_(0, where[part.rows], _kept(grad, part.real).to(_EXACT))
+        losses.append(part.losses)
+    means = {n: v / _column(counts.clamp(min=1), v) for n, v in sums.items()}
+    flat = [torch.linalg.vector_norm(v.flatten(1), dim=1) for v in means.values()]
+    own = torch.linalg.vector_norm(torch.stack(flat), dim=0)
+    factors = (clip / own).clamp(max=1.0)
+    found = {
+        n: _kept(v * _column(factors, v), own.isfinite())
+        .reshape(clients, most, *v.shape[1:])
+        .sum(1)
+        for n, v in means.items()
+    }
+    return Clipped(_rounded(found, params), found, own[counts > 0], torch.cat(losses))
 
 
 @dataclass(frozen=True, slots=True)

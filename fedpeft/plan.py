@@ -25,6 +25,7 @@ from fedpeft.types import (
     Cohort,
     Correction,
     Latency,
+    Observing,
     Partition,
     Personal,
     Privacy,
@@ -348,9 +349,11 @@ def _personal_problems(plan: Plan) -> Iterator[str]:
 
 def _privacy_problems(plan: Plan) -> Iterator[str]:
     """Yield what would tell of clients' records without noise."""
+    yield from _hiding_problems(plan)
     if not plan.privacy.secret:
         return
-    promise = f"privacy: {describe(plan.privacy)} covers what leaves the server, and"
+    where = "clients" if plan.privacy.hides else "the server"
+    promise = f"privacy: {describe(plan.privacy)} covers what leaves {where}, and"
     if "clients" in plan.evaluations and plan.holdout:
         yield (
             f"{promise} metrics on the clients' held-out records are not noised; say "
@@ -360,6 +363,25 @@ def _privacy_problems(plan: Plan) -> Iterator[str]:
         yield (
             f"{promise} compare: {known[0]} trains on the clients' records without noise; leave it "
             "out, or say simulate_noise=true for an experiment"
+        )
+
+
+def _hiding_problems(plan: Plan) -> Iterator[str]:
+    """Yield what looks at a client's records besides its steps, where these hide them."""
+    if not plan.privacy.hides:
+        return
+    own, default = type(plan.correction), Correction
+    looks = own.elsewhere is not default.elsewhere or own.anchor is not default.anchor
+    if looks or plan.correction.gradient != "never":
+        yield (
+            f"correction: {describe(plan.correction)} takes gradients of a client's records "
+            "besides those of its steps, and no noise covers these; use scaffold, feddyn, fedprox "
+            "or none"
+        )
+    if isinstance(plan.aggregator, Observing):
+        yield (
+            f"aggregator: {describe(plan.aggregator)} has clients tell what their records look "
+            "like inside the model, and no noise covers that; use aggregator: mean"
         )
 
 

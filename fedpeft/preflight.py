@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpeft import releases
+from fedpeft import hiding, releases
 from fedpeft.attendance import Attendance
 from fedpeft.errors import DataError, FedPeftError, ModelError, PlanError
 from fedpeft.federation import Federation, deal
@@ -115,6 +115,7 @@ def _check_folder(path: Path) -> None:
 def _warnings(plan: Plan, federation: Federation, shapes: Shapes, found: Outline) -> Iterator[str]:
     tested, held = federation.splits.test is not None, any(map(len, federation.held.values()))
     yield from releases.warnings(plan, len(federation.population))
+    yield from hiding.warnings(plan, federation.counted, federation.scattered)
     if plan.adapter.roles(shapes, 0).local and "test" in plan.evaluations and tested:
         yield "test: some trained tensors stay with the clients; read the clients/ metrics"
     if not found.exact:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft import folds, lowrank, releases, weighing
+from fedpeft import folds, hiding, lowrank, releases, weighing
 from fedpeft.attendance import Attendance
 from fedpeft.broadcasts import header
 from fedpeft.coding import Coding
@@ -136,6 +136,7 @@ def preview(plan: Plan) -> dict[str, Any]:
         ),
         "weights": {"space": weighing.space(plan)},
         "privacy": _privacy(plan, tables, len(population)),
+        "hiding": hiding.preview(plan, federation.counted),
         "memory": {
             **_memory(found, shapes, tables, plan),
             "last_updates_bytes": weighing.kept_bytes(plan, tables, len(population)),
@@ -248,7 +249,7 @@ def _up(plan: Plan, tables: Tables, round: int) -> Size:
         "steps": 10,
         "lr_sum": 0.01,
         "seen": 100,
-        "loss": 1 / 3,
+        **({} if plan.privacy.hides else {"loss": 1 / 3}),
         **({"inside": 1} if releases.is_guarded(plan) else {}),
     }
 
@@ -311,7 +312,7 @@ def _parameters(found: Outline, shapes: Shapes, tables: Tables) -> dict[str, int
 
 
 def _local(plan: Plan, federation: Federation) -> dict[str, int]:
-    budgets = [plan.trainer.budget(n) for n in federation.population.values()]
+    budgets = [plan.trainer.budget(n) for n in federation.counted.values()]
     return {
         "steps_least": min(steps for steps, _ in budgets),
         "steps_most": max(steps for steps, _ in budgets),
@@ -447,6 +448,7 @@ def as_text(found: Mapping[str, Any]) -> str:
         ),
         ("weights act on", weighing.SPACES[found["weights"]["space"]]),
         *_promise(found["privacy"]),
+        *_hidden(found["hiding"]),
         *(("warning", text) for text in found["warnings"]),
     ]
     width = max(len(name) for name, _ in rows)
@@ -486,6 +488,29 @@ def _promise(found: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def _hidden(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Say what clients hide, and how."""
+    if not found:
+        return []
+    beside = f" ({found['epsilon_rdp']:.3f} by RDP)" if found["epsilon_rdp"] is not None else ""
+    return [
+        (
+            "epsilon of records",
+            f"{found['epsilon']:.3f} in {found['rounds']} rounds by {found['accountant']}{beside}, "
+            f"{found['epsilon_per_round']:.3f} in one; delta {found['delta']:g}; of the "
+            "client that spends most",
+        ),
+        ("hidden", f"{found['unit']}; neighbours: {found['relation']}"),
+        ("hidden from", found["adversary"]),
+        ("batches", f"{found['sampler']}, {found['expected']:.3g} on average"),
+        (
+            "noise of steps",
+            f"multiplier {found['noise_multiplier']:g}, on sums of gradients clipped to "
+            f"{found['clip']:g}",
+        ),
+    ]
 
 
 def _reach(found: Mapping[str, Any]) -> str:

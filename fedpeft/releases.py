@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _KEY = 32
 """Bytes of a round's key."""
-_PUBLIC = ("round", "epsilon", "epsilon_rdp", "clip")
+_PUBLIC = ("round", "epsilon", "epsilon_rdp", "epsilon_record", "clip")
 _SERVERS = "test/"
 """What follows from noised sums, from the plan, or from the server's own records."""
 
@@ -124,7 +124,7 @@ def card(plan: Plan, population: int, rounds: int) -> dict[str, str]:
     """Return what a model card says of the promise after so many ``rounds``."""
     mechanism = mechanism_of(plan, population)
     if mechanism is None:
-        return {"Privacy": "none: updates were not noised"}
+        return {} if plan.privacy.hides else {"Privacy": "none: updates were not noised"}
     told = mechanism.told()
     if not plan.privacy.secret:
         return {"Privacy": "NOT private: noise and cohorts follow from the plan's seed"}

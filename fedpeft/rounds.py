@@ -275,5 +275,7 @@ def _metrics(used: Sequence[Update]) -> Metrics:
     seen = sum(u.metrics["seen"] for u in used)
     if not seen:
         return {}
+    if not all("loss" in u.metrics for u in used):
+        return {"seen": int(seen)}
     loss = sum(u.metrics["loss"] * u.metrics["seen"] for u in used) / seen
     return {"loss": loss, "seen": int(seen)}

@@ -6,7 +6,7 @@
     plan.yaml        the resolved plan, to be read and run again
     rounds.jsonl     one line per round
     checkpoints/     the server's state, the newest two
-    memory/          what clients keep (control variates, private heads)
+    memory/          what clients keep (control variates, private heads), what they have spent
     updates/         the last update of each client, where the weighting counts them
     found/           what the schedule has found out about each client, to convert its updates
     adapter/         the result, as other tools load it
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import uuid
@@ -112,7 +113,7 @@ class RunFolder:
                 f"{self.path}/checkpoints: empty, though {len(lines)} rounds were run; restore it "
                 "or choose another --out"
             )
-        if self.plan.privacy.secret and len(lines) > done:
+        if self.plan.privacy.secret and self.plan.privacy.bound < math.inf and len(lines) > done:
             raise RunError(
                 f"{self.path}/rounds.jsonl: round {done} was released, and what it released cannot "
                 "be made again; restore its checkpoint, or choose another --out"

@@ -152,6 +152,15 @@ class Site:
         """Return the tokenised training records of ``client``."""
         return self._rows(self.federation.train[client])
 
+    @property
+    def fingerprint(self) -> str:
+        """Return that of the data set."""
+        return self.federation.splits.fingerprint
+
+    def members(self, client: str) -> Sequence[NDArray[np.int64]]:
+        """Return the training records of ``client``, counted from 0, unit by unit."""
+        return self.federation.members(client)
+
     def held(self, client: str) -> Sequence[Example]:
         """Return the tokenised held-out records of ``client``."""
         return self._rows(self.federation.held[client])

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; plans must not
     from fedpeft.models._base import Base
     from fedpeft.models._outline import Outline
     from fedpeft.privacy._mechanism import Mechanism
+    from fedpeft.privacy._stepping import Hidden, Stepping
 
 Tensors: TypeAlias = Mapping[str, NDArray[Any]]
 """Named arrays. Outside torch code nothing else is passed around."""
@@ -341,7 +342,8 @@ class Job:
     ``masks`` [K, ...] of zeros and ones says which entries of a parameter a client has, where not
     all (mixed ranks). ``precondition`` is the adapter's. ``grouping`` says which clients share a
     pass. ``progress`` is where in the whole run this job starts and ends, in [0, 1]; ``on_step`` is
-    told the number of records of each step.
+    told the number of records of each step. Where single records are ``hidden``, there is for each
+    client what its steps take and how their gradients are noised.
     """
 
     learner: Learner
@@ -357,6 +359,7 @@ class Job:
     grouping: Grouping = field(default_factory=Grouping)
     progress: tuple[float, float] = (0.0, 1.0)
     on_step: Callable[[int], None] = lambda _: None
+    hidden: Sequence[Hidden] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -897,6 +900,24 @@ class Privacy(Protocol):
         """Return how the server releases the sum of a round; ``None`` where it is as it is.
 
         Raises ``PlanError`` where no noise keeps the promise with this ``sampling``.
+        """
+        return None
+
+    @property
+    def hides(self) -> bool:
+        """Whether clients hide single records, or units of them, from everybody else."""
+        return False
+
+    @property
+    def unit(self) -> str | None:
+        """The column whose value says which records are one unit; ``None``: each by itself."""
+        return None
+
+    def stepping(self, units: int, work: tuple[int, int], rounds: int) -> Stepping | None:
+        """Return how a client of so many ``units`` hides them; ``None`` where it does not.
+
+        ``work`` are the steps of a round and the units seen in it (``Trainer.budget``), ``rounds``
+        those of the plan. Raises ``PlanError`` where no noise keeps the promise.
         """
         return None
 

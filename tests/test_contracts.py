@@ -37,6 +37,8 @@ SAMPLES = {
     "data/imagefolder": "imagefolder(train='a')",
     "data/jsonl": "jsonl(train='a.jsonl')",
     "data/npz": "npz(file='a.npz')",
+    "privacy/chain": "user(noise_multiplier=1.0) | record(noise_multiplier=1.0)",
+    "privacy/record": "record(noise_multiplier=1.0)",
     "privacy/user": "user(noise_multiplier=1.0)",
     "schedules/inversion": "inversion(buffered)",
 }
@@ -54,6 +56,7 @@ NO_PAPER = {
         "engine/inline",
         "engine/processes",
         "personal/none",
+        "privacy/chain",
         "privacy/none",
         "latency/none",
         "latency/lognormal",

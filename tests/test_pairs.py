@@ -86,7 +86,11 @@ LISTED: Mapping[str, list[str]] = {
     "personal": ["none", "ditto", "tuned(steps=1, lr=0.01)"],
     "uplink": ["raw", "raw | half", "feedback(topk(density=0.1) | int8)"],
     "downlink": ["raw", "half(dtype='bfloat16')", "difference(topk(density=0.1) | int8)"],
-    "privacy": ["none", "user(noise_multiplier=0.5, clip=1.0, simulate_noise=true)"],
+    "privacy": [
+        "none",
+        "user(noise_multiplier=0.5, clip=1.0, simulate_noise=true)",
+        "record(noise_multiplier=0.5, clip=1.0, simulate_noise=true)",
+    ],
     "cohort": ["everyone", "uniform(size=2)", "poisson(rate=0.9)"],
     "weighting": [
         *("uniform(denominator='expected')", "examples", "uniform"),
@@ -123,6 +127,8 @@ def _idle(line: str) -> frozenset[str]:
     """
     if line == "availability":
         return frozenset({"trace"})
+    if line == "privacy":
+        return frozenset({"chain"})
     if line not in ("uplink", "downlink"):
         return frozenset()
     found = {"chain", "difference" if line == "uplink" else "feedback"}
@@ -366,6 +372,22 @@ def test_a_promise_goes_with_what_has_a_bound_and_nothing_else(line: str) -> Non
     private = "privacy", OPTIONS["privacy"][1]
     taken = {v for v in OPTIONS[line] if _completion((private, (line, v)))}
     assert taken == PROMISED.get(line, {*OPTIONS[line]})
+
+
+UNHIDDEN: Mapping[str, set[str]] = {
+    "aggregator": {"regmean"},
+    "correction": {"fedamd", "scaffold_i", "fedavg_m_vr", "scaffold_m_vr", "admm_robust"},
+    "weighting": {"examples", "fednova"},
+}
+"""What looks at records beside a client's steps, or tells how many there are."""
+
+
+@pytest.mark.parametrize("line", [line for line in OPTIONS if line != "privacy"])
+def test_hidden_records_go_with_all_that_sees_steps_alone(line: str) -> None:
+    private = "privacy", OPTIONS["privacy"][2]
+    taken = {v for v in OPTIONS[line] if _completion((private, (line, v)))}
+    left = {v for v in OPTIONS[line] if v.partition("(")[0] not in UNHIDDEN.get(line, set())}
+    assert taken == left
 
 
 @pytest.mark.parametrize("correction", OPTIONS["correction"])

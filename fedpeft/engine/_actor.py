@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedpeft.engine._dispatch import requests_of
 from fedpeft.errors import PlanError, RunError
+from fedpeft.ledger import InProcessLedgers, Ledgers
 from fedpeft.memory import Memory, MemoryStore
 from fedpeft.plan import PARTS, Plan
 from fedpeft.types import Tensors
@@ -84,8 +85,9 @@ class Actor:
 
 @dataclass
 class _Carried(MemoryStore):
-    """The memories that came with a window, and those that go back."""
+    """The memories that came with a window, and those that go back; ledgers stay where they are."""
 
+    ledgers: Ledgers = field(default_factory=InProcessLedgers)
     held: dict[str, Memory] = field(default_factory=dict)
     saved: dict[str, Memory] = field(default_factory=dict)
 

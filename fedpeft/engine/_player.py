@@ -13,6 +13,7 @@ from fedpeft.engine._allocator import keep_freed_memory
 from fedpeft.errors import FedPeftError, GroupError, TrainError
 from fedpeft.evaluation import group_evaluation
 from fedpeft.grouping import Grouping
+from fedpeft.hiding import Purse
 from fedpeft.memory import MemoryStore
 from fedpeft.out_of_memory import is_out_of_memory, release
 from fedpeft.site import Site
@@ -120,7 +121,7 @@ class Player:
             yield part
 
     def _asked(self, client: str, message: Message) -> Asked:
-        return Asked(client, message, self._memories.load(client))
+        return Asked(client, message, self._memories.load(client), Purse(self._memories.ledgers))
 
     def _together(self, work: Callable[[Grouping], _T]) -> _T:
         """Do ``work`` as the grouping says, or one client at a time where they share no pass."""

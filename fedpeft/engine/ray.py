@@ -77,6 +77,11 @@ class Ray(Grouped):
         from fedpeft.engine._player import Player
         from fedpeft.engine._worker import Setup
 
+        if stage.site.plan.privacy.hides and stage.site.plan.privacy.secret:
+            raise PlanError(
+                "ray: clients write down what they spend of their privacy on the machine that has "
+                "the run folder; use --engine processes, or say simulate_noise=true"
+            )
         with ExitStack() as stack:
             ray = imported()
             if not ray.is_initialized():

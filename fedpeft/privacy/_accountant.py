@@ -23,6 +23,8 @@ _GRIDS = 2.0**-20, 2.0**-10
 """The finest and the coarsest step of privacy losses; they are rounded up, so a bound remains."""
 _FINE = 4e-3
 """The step over epsilon, for one round; the roundings of many add up."""
+_HOPELESS = 1000.0
+"""Above, RDP's epsilon will do: it bounds PLD's, which would take all memory."""
 _LARGEST = 2.0**30
 """No noise multiplier is searched above."""
 _CLOSE = 1.0005
@@ -52,19 +54,21 @@ def epsilon(sampling: Sampling, noise_multiplier: float, rounds: int, delta: flo
     if rounds == 0:
         return 0.0
     rough = renyi(_uncapped(sampling), noise_multiplier, rounds, delta) or 0.0
-    if accountant(sampling) == "RDP":
+    if accountant(sampling) == "RDP" or rough > _HOPELESS:
         return rough
     from dp_accounting.pld import privacy_loss_distribution as losses
 
-    finest, coarsest = _GRIDS
-    step = 2.0 ** math.floor(math.log2(max(rough, 1e-9) * _FINE / math.sqrt(rounds)))
-    step = min(coarsest, max(finest, step))
-    if sampling.size is None and sampling.rate == 1:  # Gaussians add up to one, without any loss
-        found = _one_round(sampling, noise_multiplier / math.sqrt(rounds), step)
-    else:
-        found = _one_round(sampling, noise_multiplier, step).self_compose(rounds)
+    step = _grid(rough, rounds)
+    found = _several(sampling, noise_multiplier, rounds, step)
     nothing = losses.identity(value_discretization_interval=step)
     return float(nothing.compose(found).get_epsilon_for_delta(delta))
+
+
+def _several(sampling: Sampling, noise_multiplier: float, rounds: int, step: float) -> Any:
+    """Return the privacy losses of so many rounds."""
+    if sampling.size is None and sampling.rate == 1:  # Gaussians add up to one, without any loss
+        return _one_round(sampling, noise_multiplier / math.sqrt(rounds), step)
+    return _one_round(sampling, noise_multiplier, step).self_compose(rounds)
 
 
 @lru_cache(maxsize=8)
@@ -90,6 +94,37 @@ def _one_round(sampling: Sampling, noise_multiplier: float, step: float) -> Any:
         noise_multiplier=noise_multiplier,
         **given,
     )
+
+
+@lru_cache(maxsize=256)
+def composed(steps: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    """Return the epsilon of steps of several kinds, all together, by PLD.
+
+    Each kind is the chance of a unit to be in a step, the noise multiplier, and how many there are.
+    """
+    if not steps:
+        return 0.0
+    from dp_accounting.pld import privacy_loss_distribution as losses
+    from dp_accounting.rdp import compute_epsilon
+
+    kinds = [(Sampling("coins", 1, rate), noise, count) for rate, noise, count in steps]
+    each = [(_one_round_s_rdp(sampling, noise), count) for sampling, noise, count in kinds]
+    orders = each[0][0][0]
+    rough = float(compute_epsilon(orders, sum(count * one for (_, one), count in each), delta)[0])
+    if rough > _HOPELESS:
+        return rough
+    step = _grid(rough, sum(count for *_, count in steps))
+    found = losses.identity(value_discretization_interval=step)
+    for sampling, noise, count in kinds:
+        found = found.compose(_several(sampling, noise, count, step))
+    return float(found.get_epsilon_for_delta(delta))
+
+
+def _grid(rough: float, steps: int) -> float:
+    """Return the step of privacy losses at which so many roundings change little."""
+    finest, coarsest = _GRIDS
+    step = 2.0 ** math.floor(math.log2(max(rough, 1e-9) * _FINE / math.sqrt(steps)))
+    return min(coarsest, max(finest, step))
 
 
 @lru_cache(maxsize=4096)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedpeft.data._batching import longest, several
+from fedpeft.per_example import CHUNK, clipped_sums
 from fedpeft.rng import derive_seed
 from fedpeft.stacking import taken
-from fedpeft.types import Batch, Job, Stacked
+from fedpeft.types import Batch, Example, Job, Stacked
 
 Rows = NDArray[np.int64]
 
@@ -23,8 +24,11 @@ def gradients(
     """Return the mean gradients [n, ...] of the first n clients, and the sums of their losses [n].
 
     ``params`` [n, ...] are theirs and ``chosen`` names their records of this step, at least one
-    each, worked off in ``parts`` equal parts.
+    each, worked off in ``parts`` equal parts. Where records are hidden the gradients are noised,
+    and a client may have no record in a step.
     """
+    if job.hidden:
+        return _hidden(job, params, chosen, step, parts)
     sums, total = np.zeros(len(chosen)), dict[str, torch.Tensor]()
     sizes = [math.ceil(len(c) / parts) for c in chosen]
     for j in range(parts):
@@ -34,6 +38,18 @@ def gradients(
         found = _part(job, params, rows, [1 / len(c) for c in chosen], (step, j), sums)
         total = {k: total[k] + g for k, g in found.items()} if total else found
     return total, sums
+
+
+def batches(
+    job: Job, order: Callable[[Sequence[Example], int], Iterable[Rows]]
+) -> list[list[Rows]]:
+    """Return the records of every step of each client, in the trainer's ``order``.
+
+    ``order`` is given a client's examples and seed. Hidden records are drawn by secret coins.
+    """
+    if job.hidden:
+        return [[batch.rows for batch in own.batches] for own in job.hidden]
+    return [list(order(e, s)) for e, s in zip(job.examples, job.seeds, strict=True)]
 
 
 def followed(
@@ -96,6 +112,49 @@ def _part(
         sums[members] += real.sum(1).double().cpu().numpy()
         found.append(grads)
     return _put_back(found, order, params)
+
+
+def _hidden(
+    job: Job, params: Stacked, chosen: Sequence[Rows], step: int, parts: int
+) -> tuple[Stacked, NDArray[np.float64]]:
+    """Return the noised means of clipped gradients [n, ...], and the sums of losses [n]."""
+    losses = np.zeros(len(chosen))
+    sums = {k: np.zeros(v.shape) for k, v in params.items()}
+    busy = [k for k, rows in enumerate(chosen) if len(rows)]
+    lengths = [longest(job.examples[k], chosen[k]) for k in busy]
+    passes = job.grouping.passes([len(chosen[k]) for k in busy], lengths) if busy else []
+    for places in passes:
+        members = [busy[i] for i in places]
+        batch = _batch(job, members, chosen, [1.0] * len(chosen))
+        height = len(batch.weights) // len(members)
+        owners = [o for k in members for o in _filled(job.hidden[k].batches[step].owners, height)]
+        clipped = clipped_sums(
+            job.learner,
+            taken(params, members),
+            taken(job.fixed, members),
+            batch,
+            clip=job.hidden[members[0]].bound,
+            chunk=max(1, CHUNK // parts),
+            owners=owners if any(h.has_units for h in job.hidden) else None,
+        )
+        real = torch.where(batch.weights > 0, clipped.losses, 0.0).reshape(len(members), -1)
+        losses[members] += real.sum(1).double().cpu().numpy()
+        for name, value in clipped.exact.items():
+            sums[name][members] = value.cpu().numpy()
+    each = [
+        job.hidden[k].noised(step, {name: value[k] for name, value in sums.items()})
+        for k in range(len(chosen))
+    ]
+    found = {
+        name: torch.from_numpy(np.stack([own[name] for own in each])).to(like)
+        for name, like in params.items()
+    }
+    return found, losses
+
+
+def _filled(owners: Rows, height: int) -> list[int]:
+    """Return whose each row is, up to ``height`` rows: what fills up counts nowhere."""
+    return [*owners.tolist(), *[0] * (height - len(owners))]
 
 
 def _batch(

@@ -47,11 +47,12 @@ class Plain:
 
     @property
     def offers(self) -> Mapping[str, str]:
-        """SGD; without memory the update is minus the sum of lr x gradient."""
+        """Hidden records; and SGD, whose update is minus the sum of lr x gradient."""
         more = self.momentum or self.weight_decay or self.clip or self.precondition
+        found = {"hides-records": "takes batches and gradients as privacy has them"}
         if self.optimizer != "sgd":
-            return {}
-        found = {"sums-gradients": "the update is a sum of gradients times known numbers"}
+            return found
+        found |= {"sums-gradients": "the update is a sum of gradients times known numbers"}
         return found if more else {**found, "plain-sgd": "the update is the sum of the steps"}
 
     @property
@@ -98,9 +99,9 @@ class Plain:
 
         Raises ``ValueError`` where clients do not come in the order of falling budgets.
         """
-        from fedpeft.trainers._passes import followed
+        from fedpeft.trainers._passes import batches, followed
 
-        plans = [list(self._order(e, s)) for e, s in zip(job.examples, job.seeds, strict=True)]
+        plans = batches(job, self._order)
         clients, steps = len(plans), [len(p) for p in plans]
         if sorted(steps, reverse=True) != steps:
             raise ValueError("clients must come in the order of falling budgets")

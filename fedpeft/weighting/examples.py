@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from fedpeft.spec import method
 from fedpeft.types import Drawn, Weights
 
@@ -9,6 +12,8 @@ from fedpeft.types import Drawn, Weights
 @method
 class Examples:
     """``w_i = n_i``, divided by the cohort's records: the mean over records of those asked."""
+
+    offers: ClassVar[Mapping[str, str]] = {"counts-records": "weighs clients by their records"}
 
     def weigh(self, drawn: Drawn) -> Weights:
         """Weigh a cohort."""

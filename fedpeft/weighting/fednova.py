@@ -20,6 +20,7 @@ class FedNova:
     Both are known beforehand, since steps follow from records.
     """
 
+    offers: ClassVar[Mapping[str, str]] = {"counts-records": "weighs clients by their records"}
     needs: ClassVar[Mapping[str, str]] = {
         "sums-gradients": "divides updates by the sum of their gradients' coefficients, which SGD "
         "alone has: say trainer: plain(optimizer='sgd', lr=...)"

@@ -1,0 +1,244 @@
+"""The client's half of a promise: who are its units, how it steps, its coins, what it may say."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from weakref import WeakSet
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.data._batching import lengths_of
+from fedpeft.errors import BudgetError, PlanError
+from fedpeft.ledger import Ledgers, Release, charge
+from fedpeft.plan import Plan
+from fedpeft.rng import derive
+from fedpeft.tensors import padded
+from fedpeft.types import Learner, Population, Tensors
+
+if TYPE_CHECKING:
+    from fedpeft.client_rounds import Client
+    from fedpeft.privacy._stepping import Hidden, Stepping
+
+_MOVED = 0.02
+"""By how much tensors are moved to see the gradients of all: half of a fresh LoRA's are zero."""
+_KEY = 32
+"""Bytes of a round's key."""
+
+
+@runtime_checkable
+class Holder(Protocol):
+    """What a process that plays clients has besides where these hide records (``site.Site``)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the data set."""
+        ...
+
+    def members(self, client: str) -> Sequence[NDArray[np.int64]]:
+        """Return the client's training records, counted from 0, unit by unit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Purse:
+    """Where a client's spending is kept, and the (epsilon, delta) that its site allows."""
+
+    ledgers: Ledgers
+    limit: tuple[float, float] | None = None
+
+
+def stepping_of(plan: Plan, units: int) -> Stepping | None:
+    """Return how a client of so many units hides them; ``None`` where it does not.
+
+    Raises ``PlanError`` where no noise keeps the promise.
+    """
+    if not plan.privacy.hides:
+        return None
+    return plan.privacy.stepping(units, plan.trainer.budget(units), plan.rounds)
+
+
+def units_of(plan: Plan, site: Client, client: str) -> int:
+    """Return how many units a client's steps are of: records, unless privacy has others."""
+    if plan.privacy.unit is None:
+        return len(site.train(client))
+    return len(_holder(site).members(client))
+
+
+def key_of(
+    plan: Plan,
+    site: Client,
+    client: str,
+    broadcast: tuple[str, int],
+    depends: Sequence[Tensors],
+    purse: Purse | None,
+) -> bytes:
+    """Return the key of a client's round, which has counted then; none where nothing is hidden.
+
+    ``broadcast`` is its run and round, ``depends`` all that training depends on beside the plan and
+    the data. Raises ``BudgetError`` where it would be one too many, or where nobody would know.
+    """
+    step, (run, round) = stepping_of(plan, units_of(plan, site, client)), broadcast
+    if step is None:
+        if purse is not None and purse.limit is not None:
+            raise BudgetError(
+                f"its site allows epsilon {purse.limit[0]:g}, and this plan hides no records; say "
+                "privacy: record(epsilon=...)"
+            )
+        return b""
+    if not plan.privacy.secret:
+        return derive(plan.seed, round, client, "steps").bytes(_KEY)
+    if purse is None:
+        raise BudgetError("has no ledger to write down what it spends of its privacy")
+    release = Release(
+        data=_holder(site).fingerprint,
+        run=run,
+        round=round,
+        broadcast=_digest(depends),
+        unit=str(step.told()["unit"]),
+        rate=step.rate,
+        noise=step.noise_multiplier,
+        steps=step.steps,
+    )
+    return charge(purse.ledgers, client, release, rounds=step.rounds, limit=purse.limit)
+
+
+def hidden(plan: Plan, site: Client, keys: Mapping[str, bytes]) -> list[Hidden]:
+    """Return the steps of each client's round; nothing where nothing is hidden."""
+    if not plan.privacy.hides:
+        return []
+    each = {client: _holder(site).members(client) for client in keys}
+    steps = {client: stepping_of(plan, len(members)) for client, members in each.items()}
+    return [step.hidden(keys[c], each[c]) for c, step in steps.items() if step is not None]
+
+
+_checked: WeakSet[Learner] = WeakSet()
+
+
+def check_records(plan: Plan, site: Client, client: str, tensors: Tensors, round: int) -> None:
+    """See once in a process that records which share a pass have the gradients of each alone.
+
+    On a few of a client's records, of all lengths, and with nothing zero in the adapter: ``tensors``
+    in ``round``. Raises ``ModelError`` where they have not.
+    """
+    from fedpeft.per_example import check
+    from fedpeft.stacking import stack
+
+    if site.learner in _checked:
+        return
+    records, rng = site.train(client), derive(plan.seed, "records")
+    order = np.argsort(lengths_of(records), kind="stable").tolist()
+    chosen = sorted({order[0], order[len(order) // 2], order[-1]})
+    moved = {
+        k: (v + _MOVED * rng.standard_normal(v.shape)).astype(v.dtype) for k, v in tensors.items()
+    }
+    trains = site.tables.roles(round).train
+    stacked = stack(padded([moved], site.tables.shapes), site.learner.device)
+    params = {k: v for k, v in stacked.items() if k in trains}
+    fixed = {k: v for k, v in stacked.items() if k not in trains}
+    check(site.learner, params, fixed, [records[i] for i in chosen])
+    _checked.add(site.learner)
+
+
+def _holder(site: Client) -> Holder:
+    if not isinstance(site, Holder):
+        raise PlanError("privacy: this process does not know its clients' units")
+    return site
+
+
+def worst(plan: Plan, units: Population) -> Stepping | None:
+    """Return the steps of the client that has spent most when the plan is over.
+
+    Raises ``PlanError`` where no noise keeps the promise.
+    """
+    sizes = sorted(set(units.values()))
+    steps = [found for n in sizes if (found := stepping_of(plan, n)) is not None]
+    # of the same noise, the one with the higher rate; calibrated ones end within a part in 1,000
+    ends = {(s.noise_multiplier, s.steps): s for s in sorted(steps, key=lambda s: s.rate)}
+    return max(ends.values(), key=lambda s: s.epsilon(s.rounds), default=None)
+
+
+def spent(plan: Plan, units: Population, rounds: int) -> dict[str, float]:
+    """Return what a client that took part in all ``rounds`` so far has spent at most."""
+    step = worst(plan, units)
+    return {} if step is None else {"epsilon_record": step.epsilon(min(rounds, step.rounds))}
+
+
+def preview(plan: Plan, units: Population) -> dict[str, Any]:
+    """Return the promise and what it costs, of the client that spends most."""
+    step = worst(plan, units)
+    if step is None:
+        return {}
+    return {
+        **step.told(),
+        "secret": plan.privacy.secret,
+        "epsilon_per_round": step.epsilon(1),
+        "epsilon": step.epsilon(step.rounds),
+        "epsilon_rdp": step.renyi(step.rounds),
+        "clip": step.clip,
+        "expected": step.expected,
+    }
+
+
+def card(plan: Plan, units: Population, rounds: int) -> dict[str, str]:
+    """Return what a model card says of the promise after so many ``rounds``."""
+    step = worst(plan, units)
+    if step is None:
+        return {}
+    if not plan.privacy.secret:
+        return {"Privacy of records": "NOT private: noise and batches follow from the plan's seed"}
+    told, done = step.told(), min(rounds, step.rounds)
+    return {
+        "Privacy of records": f"epsilon {step.epsilon(done):.3f} at delta {step.delta:g}, spent by "
+        f"a client that took part in {done} rounds; {step.renyi(done):.3f} by RDP",
+        "Unit hidden": f"{told['unit']}; neighbours: {told['relation']}",
+        "Steps": f"{told['sampler']}; noise multiplier {step.noise_multiplier:g}, {step.steps} a "
+        f"round; accountant {told['accountant']}",
+        "Hidden from": told["adversary"],
+    }
+
+
+def warnings(plan: Plan, units: Population, scattered: int) -> Iterator[str]:
+    """Yield what a promise about records does not cover, or what makes it weak.
+
+    ``scattered`` is how many units have records at several clients.
+    """
+    step = worst(plan, units)
+    if step is None:
+        return
+    if not plan.privacy.secret and plan.privacy.bound == math.inf:
+        yield "privacy: simulate_noise: the seed decides the noise, so the result is NOT private"
+    least = min(units.values())
+    if step.delta >= 1 / max(units.values()):
+        yield (
+            f"privacy: delta={step.delta:g} allows to publish one of a client's records in "
+            f"{max(units.values())}; set it well below {1 / max(units.values()):.2g}"
+        )
+    if scattered:
+        yield (
+            f"privacy: {scattered} units have records at several clients; each of these hides its "
+            "own, and what they spend adds up"
+        )
+    small = stepping_of(plan, least)
+    if small is not None and small.rate == 1:
+        yield (
+            f"privacy: a client with {least} records has all of them in every batch: nothing is "
+            "gained by sampling, and its noise is large; lower the trainer's batch"
+        )
+    if plan.warm_start is not None and plan.privacy.bound == math.inf:
+        yield "privacy: the promise does not cover what warm_start was trained on"
+
+
+def _digest(depends: Sequence[Tensors]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for tensors in depends:
+        for name in sorted(tensors):
+            value = np.ascontiguousarray(tensors[name])
+            found.update(f"{name}:{value.dtype.str}:{value.shape};".encode())
+            found.update(value.tobytes())
+        found.update(b"|")
+    return found.hexdigest()

@@ -1,0 +1,184 @@
+"""What a client has spent of its records' privacy: one file, across rounds, runs and restarts.
+
+A round counts before its training begins, so one that is cut short has counted. Its secret key is
+made from the ledger's own and from all that its training depends on: the same round, played again,
+is the same release and counts once; another broadcast under its number is another release.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedpeft.durable import file_name, make_folder, replace_file
+from fedpeft.errors import BudgetError, RunError
+
+_KEY = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One round's training on a data set: of which run and broadcast, and what it takes.
+
+    ``rate``, ``noise`` and ``steps`` are those of its steps; ``unit`` says whom they hide.
+    """
+
+    data: str
+    run: str
+    round: int
+    broadcast: str
+    unit: str
+    rate: float
+    noise: float
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """A client's secret and its releases, the oldest first."""
+
+    key: bytes = field(default_factory=partial(secrets.token_bytes, _KEY))
+    releases: Sequence[Release] = ()
+
+    def rounds(self, run: str) -> int:
+        """Return how many releases there were in a run."""
+        return sum(release.run == run for release in self.releases)
+
+    def epsilon(self, data: str, delta: float) -> float:
+        """Return what all releases of a data set have spent together at ``delta``, by PLD.
+
+        Of a record, or of a unit: whichever is hidden, one record is in one unit.
+        """
+        from fedpeft.privacy._accountant import composed
+
+        steps: dict[tuple[float, float], int] = {}
+        for release in (r for r in self.releases if r.data == data):
+            kind = release.rate, release.noise
+            steps[kind] = steps.get(kind, 0) + release.steps
+        return composed(tuple(sorted((*kind, count) for kind, count in steps.items())), delta)
+
+
+class Ledgers(Protocol):
+    """Where the ledgers of the clients of one process are."""
+
+    def read(self, client: str) -> Ledger:
+        """Return a client's ledger; a new one where there is none."""
+        ...
+
+    def write(self, client: str, ledger: Ledger) -> None:
+        """Keep it, before anything follows from it."""
+        ...
+
+    def alone(self, client: str) -> AbstractContextManager[None]:
+        """Let nobody else read or write a client's ledger for a while."""
+        ...
+
+
+class InProcessLedgers:
+    """Ledgers that end with the process."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Ledger] = {}
+
+    def read(self, client: str) -> Ledger:
+        """Return a client's ledger."""
+        return self._held.get(client) or Ledger()
+
+    def write(self, client: str, ledger: Ledger) -> None:
+        """Keep it."""
+        self._held[client] = ledger
+
+    def alone(self, client: str) -> AbstractContextManager[None]:
+        """Do nothing: no other process can reach it."""
+        return nullcontext()
+
+
+class OnDiskLedgers:
+    """One file per client, that its owner alone may read, replaced atomically."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, client: str) -> Ledger:
+        """Return a client's ledger. Raises ``RunError`` where its file is damaged."""
+        path = self._path(client)
+        try:
+            told = json.loads(path.read_bytes())
+            releases = [Release(**release) for release in told["releases"]]
+            return Ledger(bytes.fromhex(told["key"]), releases)
+        except FileNotFoundError:
+            return Ledger()
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(
+                f"{path}: damaged; restore it: without it nobody knows what client {client} has "
+                "spent of its privacy"
+            ) from None
+
+    def write(self, client: str, ledger: Ledger) -> None:
+        """Keep it, durable at once. Raises ``RunError`` where the disk does not take it."""
+        told: dict[str, Any] = {"client": client, "key": ledger.key.hex()}
+        told["releases"] = [asdict(release) for release in ledger.releases]
+        text = json.dumps(told, indent=1) + "\n"
+        replace_file(self._path(client), [text.encode()], "spending", private=True)
+
+    @contextmanager
+    def alone(self, client: str) -> Iterator[None]:
+        """Wait for other processes, perhaps of other runs."""
+        path = self._path(client)
+        make_folder(path.parent)
+        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    def _path(self, client: str) -> Path:
+        return self.folder / f"{file_name(client)}.json"
+
+
+def charge(
+    ledgers: Ledgers,
+    client: str,
+    release: Release,
+    *,
+    rounds: int,
+    limit: tuple[float, float] | None = None,
+) -> bytes:
+    """Write ``release`` down, unless it is, and return its key.
+
+    Raises ``BudgetError`` where the run has made ``rounds`` others, or where the data set's epsilon
+    would be above a site's ``limit`` (epsilon, delta); nothing is written then.
+    """
+    from fedpeft.privacy._stepping import derived
+
+    with ledgers.alone(client):
+        ledger = ledgers.read(client)
+        if release not in ledger.releases:
+            after = Ledger(ledger.key, [*ledger.releases, release])
+            _check(after, rounds, limit)
+            ledgers.write(client, after)
+    return derived(ledger.key, json.dumps(asdict(release), sort_keys=True))
+
+
+def _check(after: Ledger, rounds: int, limit: tuple[float, float] | None) -> None:
+    """Raise ``BudgetError`` where the last release of a ledger is one too many."""
+    last = after.releases[-1]
+    if after.rounds(last.run) > rounds:
+        raise BudgetError(
+            f"has taken part in the {rounds} rounds that its promise is for, and trains no more in "
+            "this run"
+        )
+    if limit is not None and (spent := after.epsilon(last.data, limit[1])) > limit[0]:
+        raise BudgetError(
+            f"would have spent epsilon {spent:.3f} at delta {limit[1]:g} of these records, and its "
+            f"site allows {limit[0]:g}"
+        )
