@@ -25,10 +25,11 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import client.app
 import server.app
+from fedpeft import hiding
 from fedpeft.driver import simulate
 from fedpeft.errors import PlanError, RunError, WireError
 from fedpeft.export import read_tensors
-from fedpeft.federation import deal
+from fedpeft.federation import Federation, deal
 from fedpeft.flower import (
     Hello,
     hello_record,
@@ -39,6 +40,7 @@ from fedpeft.flower import (
     read_packet,
 )
 from fedpeft.flower_config import LINES, Settings, as_toml, read_config, run_config
+from fedpeft.ledger import Ledger, Release
 from fedpeft.plan import Plan, read_lines
 from fedpeft.tensor_file import read_tensor_file
 from fedpeft.types import Tensors
@@ -66,6 +68,7 @@ class FakeGrid(Grid):
         self.silent: set[tuple[int, str]] = set()
         self.gone: set[int] = set()
         self.slow: dict[int, int] = {}
+        self.allowed: dict[str, float | str] = {}
         self.extra: list[Message] = []
         self.app = client.app.app
 
@@ -115,7 +118,7 @@ class FakeGrid(Grid):
         context = Context(
             run_id=7,
             node_id=message.metadata.dst_node_id,
-            node_config={"partition-id": place, "num-partitions": self.total},
+            node_config={"partition-id": place, "num-partitions": self.total, **self.allowed},
             state=RecordDict(),
             run_config=self.config,
         )
@@ -136,6 +139,7 @@ pytestmark = pytest.mark.usefixtures("apart")
 
 EVEN = "uniform(denominator='expected')"
 SECRET = "user(noise_multiplier=1.0, clip=0.5)"
+HIDDEN = "record(noise_multiplier=1.0, simulate_noise=true)"
 SEEDED = "user(noise_multiplier=1.0, quantile=0.5, bit_noise=1.0, simulate_noise=true)"
 
 
@@ -178,10 +182,11 @@ def assert_same(one: Path, other: Path) -> None:
         {"weighting": "fedau(cutoff=2)", "cohort": "uniform(size=2)", "rounds": 4},
         {"weighting": "fedvarp", "cohort": "uniform(size=2)", "rounds": 4},
         {"privacy": SEEDED, "weighting": EVEN, "cohort": "poisson(rate=0.5)", "rounds": 4},
+        {"privacy": HIDDEN, "weighting": "uniform", "correction": "scaffold", "trainer": SGD},
     ],
     ids=[
         *("plain", "compare", "scaffold", "local-head", "half", "ditto", "tuned", "fedau"),
-        *("fedvarp", "private"),
+        *("fedvarp", "private", "hidden"),
     ],
 )
 def test_flower_and_simulation_agree_bit_for_bit(
@@ -192,6 +197,58 @@ def test_flower_and_simulation_agree_bit_for_bit(
     grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=plan.clients or 0)
     serve(grid)
     assert_same(tmp_path / "in-process", tmp_path / "out")
+
+
+def test_a_node_keeps_one_ledger_over_all_runs_and_stops_before_its_limit(
+    bert: Path, tmp_path: Path
+) -> None:
+    """Two runs of two rounds: the smaller client's limit allows it three, and the run goes on."""
+    plan = support_plan(
+        bert, privacy="record(noise_multiplier=3.0)", weighting="uniform", evaluate="test",
+        holdout=0, clients=2, trainer="plain(optimizer='sgd', lr=0.1, steps=2, batch=8)",
+    )  # fmt: skip
+    each = [Ledger(releases=[_release(deal(plan), plan, n) for n in range(k)]) for k in range(5)]
+    data = deal(plan).splits.fingerprint
+    spent = [ledger.epsilon(data, 1e-5) for ledger in each]
+    for run in (7, 8):
+        grid = FakeGrid(config_of(plan, out=str(tmp_path / f"out-{run}")), nodes=2)
+        grid.allowed = {"max-epsilon": (spent[3] + spent[4]) / 2}
+        serve(grid)
+    _, history, _ = result_of(tmp_path / "out-7")
+    assert history[-1]["epsilon_record"] == pytest.approx(spent[2], rel=5e-3)
+    (folder,) = tmp_path.rglob("ledgers")
+    held = [json.loads(path.read_text())["releases"] for path in sorted(folder.glob("*.json"))]
+    assert [len(releases) for releases in held] == [3, 4]  # the larger client spends less
+    assert {release["run"] for release in held[0]} == {release["run"] for release in held[1]}
+    assert len({release["run"] for release in held[0]}) == 2
+
+
+def _release(federation: Federation, plan: Plan, n: int) -> Release:
+    units = min(federation.population.values())
+    step = hiding.stepping_of(plan, units)
+    assert step is not None
+    told = (step.rate, step.noise_multiplier, step.steps)
+    return Release(federation.splits.fingerprint, "r", n, "b", "record", *told)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "message"),
+    [
+        ({"max-epsilon": 0}, "max-epsilon=0 is no number above 0"),
+        ({"max-epsilon": "3"}, "max-epsilon='3' is no number"),
+        ({"max-epsilon": True}, "max-epsilon=True is no number"),
+        ({"max-epsilon": 3, "max-delta": 1}, "max-delta=1 is no number between 0 and 1"),
+        ({"max-epsilon": 3}, "allows epsilon 3, and this plan hides no records"),
+    ],
+)
+def test_a_node_s_limit_is_read_as_it_is_meant(
+    bert: Path, tmp_path: Path, allowed: dict[str, Any], message: str
+) -> None:
+    plan = support_plan(bert, clients=2, holdout=0)
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=2)
+    grid.allowed = allowed
+    with pytest.raises(RunError, match=message):
+        serve(grid)
 
 
 def test_a_promise_holds_where_every_client_fails(bert: Path, tmp_path: Path) -> None:
