@@ -122,7 +122,7 @@ _checked: WeakSet[Learner] = WeakSet()
 def check_records(plan: Plan, site: Client, client: str, tensors: Tensors, round: int) -> None:
     """See once in a process that records which share a pass have the gradients of each alone.
 
-    On a few of a client's records, of all lengths, and with nothing zero in the adapter: ``tensors``
+    On a few of a client's records, of all lengths, with nothing zero in the adapter: ``tensors``
     in ``round``. Raises ``ModelError`` where they have not.
     """
     from fedpeft.per_example import check
