@@ -62,9 +62,9 @@ def play(
 def metrics(last: Line, federation: Federation) -> dict[str, float]:
     """Return the metrics of a round; ``held/`` is the mean over the clients' held-out records."""
     found = {k: float(v) for k, v in last.items() if k.partition("/")[0] in ("test", "clients")}
-    per_client: Mapping[str, Metrics] = last["per_client"]
+    per_client: Mapping[str, Metrics] = last.get("per_client", {})
     rows = {client: len(federation.held[client]) for client in per_client}
-    for name in ("accuracy", "loss"):
+    for name in ("accuracy", "loss") if rows else ():
         if any(name not in own for own in per_client.values()):
             continue  # texts have no accuracy
         total = sum(rows[client] * per_client[client][name] for client in rows)
@@ -76,7 +76,7 @@ def majority(plan: Plan, federation: Federation) -> dict[str, float]:
     """Return what one answer to everything scores on the test rows and on the held-out records.
 
     On the test rows it is their most frequent label; of a client's held-out records, the label that
-    is most frequent among those it trains on.
+    is most frequent among those it trains on; without such records there is no such score.
     """
     train = plan.task.labels(federation.splits.train) or []
     test = Counter(plan.task.labels(federation.splits.test or []) or [])
@@ -85,7 +85,8 @@ def majority(plan: Plan, federation: Federation) -> dict[str, float]:
         (answer, _), *_ = Counter(train[i] for i in rows).most_common(1)
         right += sum(train[i] == answer for i in federation.held[client])
         total += len(federation.held[client])
-    return {"held": round(right / total, 6), "test": round(max(test.values()) / test.total(), 6)}
+    held = {"held": round(right / total, 6)} if total else {}
+    return {**held, "test": round(max(test.values()) / test.total(), 6)}
 
 
 def float32_bytes(plan: Plan, shapes: Shapes, history: Sequence[Line]) -> int:
