@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fedpeft.types import Crowd
 from simulations._study import store as stores
 from simulations._study.store import Run, Store
 from simulations.lateness import __main__ as command
@@ -47,6 +49,17 @@ def test_every_method_is_a_plan_that_differs_in_lateness_alone(setting: _pieces.
         assert plan.latency.timed
     assert len({plan.digest() for plan in plans.values()}) == len(plans)
     assert "size=10, concurrency=20" in plans["fedbuff"].lines()["schedule"]
+
+
+def test_the_control_differs_in_who_is_slow_alone() -> None:
+    one, other = (dict(setting.lines) for setting in SETTINGS)
+    rare = np.array([0.5, 0.4, 0.3, *[0.0] * 7])
+    mix = np.stack([rare, 1 - rare], axis=1)
+    assert {k for k in one if one[k] != other[k]} == {"latency"}
+    plans = [_pieces.plan_of(p.settings, 1.0, 0) for p in _pieces.pieces() if p.method == "sync"]
+    who = [plan.latency.speeds(Crowd([str(i) for i in range(10)], mix, 7)) for plan in plans]
+    assert [sorted(speeds) for speeds in who] == [[1.0] * 7 + [10.0] * 3] * 2
+    assert [*np.flatnonzero(who[0] > 1)] == [0, 1, 2] != [*np.flatnonzero(who[1] > 1)]
 
 
 def test_pieces_have_their_own_names_and_can_be_keys() -> None:
@@ -116,7 +129,9 @@ def test_the_table_says_when_the_target_is_reached(
     monkeypatch.setattr(_work, "play", fake)
     wanted = [arg for name in ("head_sync", "head_fedbuff") for arg in ("--piece", name)]
     assert command.main([*wanted, "--results", str(tmp_path)]) == 0
-    rows = {r.split("`")[1]: r for r in _report.write(Store(tmp_path)).splitlines() if "| `" in r}
+    tables = _report.write(Store(tmp_path)).split("\n## ")[1:]
+    assert [text.splitlines()[0] for text in tables] == [setting.title for setting in SETTINGS]
+    rows = {row.split("`")[1]: row for row in tables[0].splitlines() if "| `" in row}
     assert len(rows) == len(METHODS)
     assert rows["sync"] == (
         "| `sync` | 10 | 52.0 ± 1.6 | 26.0 ± 0.8 | 52.0 ± 1.6 | 16.0 ± 0.0 | 44.2 ± 1.3 "

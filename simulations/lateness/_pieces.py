@@ -59,32 +59,37 @@ def _task(length: int) -> str:
     return f"simulations.lateness._task:Finding(place={RARE}, max_length={length})"
 
 
+_HEAD: Mapping[str, Any] = {
+    "model": "minilm",
+    "precision": "bfloat16",
+    "task": _task(48),
+    "data": "simulations.lateness._data:Thinned(keep=0.25)",
+    "partition": "dirichlet(alpha=0.1)",
+    "clients": 100,
+    "adapter": "head",
+    "trainer": "plain(optimizer='sgd', lr=LR, steps=5, batch=16)",
+    "weighting": "uniform",
+    "rounds": 500,
+    "eval_every": 10,
+    "latency": LATENCY,
+}
+_QUICK: Mapping[str, Any] = {
+    "task": _task(8),
+    "data": "simulations.lateness._data:Thinned(keep=0.25, rows=1000)",
+    "rounds": 4,
+    "eval_every": 2,
+}
+_RATES, _SEEDS = (1.0, 3.0, 10.0, 30.0, 100.0), (0, 1, 2, 3, 4)
+
 SETTINGS = (
+    Setting("head", "The slow clients hold the rare label", _HEAD, _QUICK, _RATES, _SEEDS),
     Setting(
-        "head",
-        "A linear probe on MiniLM's features",
-        {
-            "model": "minilm",
-            "precision": "bfloat16",
-            "task": _task(48),
-            "data": "simulations.lateness._data:Thinned(keep=0.25)",
-            "partition": "dirichlet(alpha=0.1)",
-            "clients": 100,
-            "adapter": "head",
-            "trainer": "plain(optimizer='sgd', lr=LR, steps=5, batch=16)",
-            "weighting": "uniform",
-            "rounds": 500,
-            "eval_every": 10,
-            "latency": LATENCY,
-        },
-        {
-            "task": _task(8),
-            "data": "simulations.lateness._data:Thinned(keep=0.25, rows=1000)",
-            "rounds": 4,
-            "eval_every": 2,
-        },
-        (1.0, 3.0, 10.0, 30.0, 100.0),
-        (0, 1, 2, 3, 4),
+        "drawn",
+        "As many slow clients, drawn at random",
+        {**_HEAD, "latency": LATENCY.replace("'rarest'", "'drawn'")},
+        _QUICK,
+        _RATES,
+        _SEEDS,
     ),
 )
 """A new one is one entry."""

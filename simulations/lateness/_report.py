@@ -62,7 +62,7 @@ def reached(run: Run, target: float) -> float | None:
 
 
 def _text(store: Store, pieces: Sequence[Piece]) -> Iterator[str]:
-    yield "# Schedules where the rare label lives on slow clients\n"
+    yield "# Schedules where clients are late, with and without the rare label\n"
     yield _NOTES
     for setting in SETTINGS:
         yield from _table(store, setting, [p for p in pieces if p.setting == setting])
