@@ -14,13 +14,15 @@ def test_the_command_plays_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(participation, "CLIENTS", 12)
-    assert participation.main(["--quick", "--results", str(tmp_path), "--only", "fedau"]) == 0
+    given = ["--quick", "--results", str(tmp_path), "--seeds", "1"]
+    assert participation.main([*given, "--only", "fedau"]) == 0
     assert "fedau" not in (tmp_path / "participation.md").read_text()  # nothing to compare with
-    assert participation.main(["--quick", "--results", str(tmp_path)]) == 0
+    assert participation.main(given) == 0
     said = capsys.readouterr().out
     assert said.count("fedau(cutoff=50), seed 0") == 1
     lines = (tmp_path / "participation.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith("| `")]
+    assert lines[-1].startswith("| 0 | ")
     assert len(rows) == len(participation.WEIGHTINGS)
     assert rows[0].endswith("| 0.0 % |")
 
@@ -44,3 +46,13 @@ def test_the_arithmetic_is_that_of_the_real_rounds(
     monkeypatch.setattr(participation, "CLIENTS", 30)
     real, plain = participation.measure(weighting, 1, 24), participation.compute(weighting, 1, 24)
     assert real == pytest.approx(plain, rel=1e-4)
+
+
+def test_what_a_cutoff_leaves_is_what_its_mean_weights_say() -> None:
+    """And what averaging leaves is what the rates say."""
+    for seed in (0, 1):
+        uniform, cut = participation.expected(seed)
+        assert 0 < cut < uniform
+        for weighting, value in (("uniform", uniform), ("fedau(cutoff=50)", cut)):
+            found = participation.compute(weighting, seed, participation.ROUNDS)["bias"]
+            assert found == pytest.approx(value, rel=0.1), weighting

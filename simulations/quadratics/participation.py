@@ -23,7 +23,7 @@ from simulations.quadratics.bowls import Bowls
 from simulations.quadratics.rounds import plan, tail
 
 RESULTS = Path(__file__).parent / "results"
-CLIENTS, LABELS, ROUNDS, QUICK = 250, 10, 4000, 3
+CLIENTS, LABELS, ROUNDS, QUICK, SEEDS = 250, 10, 4000, 3, 4
 LR, STEPS = 0.02, 5
 TRAINER = f"plain(optimizer='sgd', lr={LR}, steps={STEPS}, batch=1)"
 WEIGHTINGS = (
@@ -73,6 +73,40 @@ def compute(weighting: str, seed: int, rounds: int) -> Mapping[str, float]:
     return {"bias": float(bias), "rms": float(rms)}
 
 
+def expected(seed: int) -> tuple[float, float]:
+    """Return the bias of ``uniform`` and of ``fedau(cutoff=50)`` where small steps would rest.
+
+    A client counts as often as it takes part, times its mean weight: the mean of intervals that
+    end after 50 rounds at the latest is ``(1 - (1 - p)^50) / p``, where one over its rate is due.
+    """
+    bowls, crowd = federation(seed)
+    rates = Bernoulli().true_rates(crowd)
+    counts = rates, 1 - (1 - rates) ** 50
+    ways = [(own @ bowls.optima) / own.sum() - bowls.minimum for own in counts]
+    uniform, cut = (float(np.linalg.norm(way)) for way in ways)
+    return uniform, cut
+
+
+def by_seed(folder: Path, seeds: int) -> str:
+    """Return, as Markdown, what a cutoff of 50 leaves under each seed, and what is expected."""
+    lines = [
+        "| seed | `uniform` | `fedau(cutoff=50)` | removed | expected |",
+        "|---|---|---|---|---|",
+    ]
+    for seed in range(seeds):
+        usual, own = (_read(folder, name, seed) for name in ("uniform", "fedau(cutoff=50)"))
+        if usual and own:
+            (first, cut), values = expected(seed), (usual["bias"], own["bias"])
+            shown = f"{first:.3f}, {cut:.3f}: {_removed(first, cut)}"
+            biases = " | ".join(f"{value:.3f}" for value in values)
+            lines.append(f"| {seed} | {biases} | {_removed(*values)} | {shown} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def _removed(usual: float, own: float) -> str:
+    return f"{100 * (1 - own / usual):.1f} %"
+
+
 def table(folder: Path, seeds: int) -> str:
     """Return, as Markdown, the means over the seeds that a weighting and ``uniform`` both have."""
     lines = ["| weighting | seeds | bias | rms | bias removed |", "|---|---|---|---|---|"]
@@ -82,7 +116,7 @@ def table(folder: Path, seeds: int) -> str:
         if done:
             bias, rms = (np.mean([own[key] for own, _ in done]) for key in ("bias", "rms"))
             left = np.mean([own["bias"] / usual["bias"] for own, usual in done])
-            shown = f"{bias:.4f} | {rms:.4f} | {100 * (1 - left):.1f} %"
+            shown = f"{bias:.4f} | {rms:.4f} | {_removed(1, left)}"
             lines.append(f"| `{weighting}` | {len(done)} | {shown} |")
     return "\n".join(lines) + "\n"
 
@@ -94,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=1e6, help="start nothing after so many")
     parser.add_argument("--only", default="", help="weightings whose name holds this")
     parser.add_argument("--quick", action="store_true", help="a few rounds of everything")
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many, from 0 on")
     parser.add_argument("--arithmetic", action="store_true", help="in float64, without the code")
     options = parser.parse_args(arguments)
     play = compute if options.arithmetic else measure
@@ -108,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
             found = play(weighting, seed, QUICK if options.quick else ROUNDS)
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(f"{weighting}, seed {seed}: {found}", flush=True)
-    text = table(options.results, options.seeds)
+    text = table(options.results, options.seeds) + "\n" + by_seed(options.results, options.seeds)
     (options.results / "participation.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
