@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from simulations.quadratics.__main__ import main
-from simulations.quadratics._cells import CORRECTIONS, LINKS, cells
+from simulations.quadratics._cells import AWAY, CORRECTIONS, LINKS, cells
 from simulations.quadratics.bowls import bowls
 from simulations.quadratics.rounds import after, plan, play, tail
 
@@ -77,7 +78,27 @@ def test_the_tables_are_made_and_finished_cells_stay(
     assert "7.0e+00" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("row", LINKS)
-def test_links_play(row: str) -> None:
-    (cell,) = [c for c in cells() if c.row == row and c.column == "noisy, 100 rounds"]
-    assert 0 < replace(cell, rounds=2).play()["tail"]["rms"] < 100
+@pytest.mark.parametrize(("table", "rows"), [("links", LINKS), ("away", AWAY)])
+def test_links_play(table: str, rows: Sequence[str]) -> None:
+    found = [c for c in cells() if c.table == table and c.column == "noisy, 100 rounds"]
+    assert [cell.row for cell in found] == [*rows]
+    for cell in found:
+        assert 0 < replace(cell, rounds=2).play()["tail"]["rms"] < 100
+
+
+def test_who_trains_while_away_is_nearer_after_as_many_rounds() -> None:
+    """Of 8 clients 2 take part; the local problems are all but solved."""
+    rests, trains = (
+        tail(
+            plan(
+                60,
+                correction=f"admm_robust(rho=1.0, while_away={most})",
+                trainer="plain(optimizer='sgd', lr=0.15, steps=40, batch=1)",
+                weighting="uniform(denominator='population')",
+                cohort="uniform(size=2)",
+            ),
+            bowls(clients=8, width=3, seed=5),
+        )["rms"]
+        for most in (0, 4)
+    )
+    assert trains < rests / 2

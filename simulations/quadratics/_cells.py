@@ -29,6 +29,11 @@ SETTINGS: Mapping[str, tuple[str, float, int]] = {
 }
 """Who takes part, the noise of gradients, and how many rounds."""
 LINKS = ("none", "fedprox(mu=1.0)", "feddyn(alpha=1.0)", "admm(rho=1.0)", "admm_robust(rho=1.0)")
+AWAY = (
+    "admm_robust(rho=1.0)",
+    *(f"admm_robust(rho=1.0, while_away={most})" for most in (1, 4, 50)),
+)
+"""Whether those of 20 clients who are not among the 4 of a round train on."""
 NOISY = "simulations.quadratics.noisy:Noisy(sigma=0.05)"
 QUICK = 5
 
@@ -75,13 +80,15 @@ def cells() -> list[Cell]:
         for column, (cohort, noise, rounds) in reversed([*SETTINGS.items()])
         for correction in CORRECTIONS
     ]
-    return found + [_link(row, downlink, rounds) for downlink, rounds in _LINKS for row in LINKS]
+    found += [_link("links", row, down, rounds) for down, rounds in _LINKS for row in LINKS]
+    return found + [_link("away", row, down, rounds) for down, rounds in _AWAY for row in AWAY]
 
 
 _LINKS = (("raw", 100), (NOISY, 100), (NOISY, 300))
+_AWAY = (("raw", 50), ("raw", 100), ("raw", 200), (NOISY, 100), (NOISY, 300))
 
 
-def _link(correction: str, downlink: str, rounds: int) -> Cell:
+def _link(table: str, correction: str, downlink: str, rounds: int) -> Cell:
     """Local problems are all but solved in each round, by 40 steps."""
     column = f"{'exact' if downlink == 'raw' else 'noisy'}, {rounds} rounds"
     over = "population" if correction.startswith("admm") else "cohort"
@@ -91,4 +98,6 @@ def _link(correction: str, downlink: str, rounds: int) -> Cell:
         "trainer": "plain(optimizer='sgd', lr=0.15, steps=40, batch=1)",
         "weighting": f"uniform(denominator={over!r})",
     }
-    return Cell("links", correction, column, rounds, lines, {"clients": 20, "width": 16, "seed": 0})
+    if table == "away":
+        lines["cohort"] = "uniform(size=4)"
+    return Cell(table, correction, column, rounds, lines, {"clients": 20, "width": 16, "seed": 0})

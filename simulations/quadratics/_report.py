@@ -10,10 +10,11 @@ from typing import Any
 from simulations.quadratics import _cells
 
 RESULTS = Path(__file__).parent / "results"
-_SHOWN = {"corrections": "slope", "links": "rms"}
+_SHOWN = {"corrections": "slope", "links": "rms", "away": "rms"}
 _SAID = {
     "corrections": "Norm of the global gradient, root mean square over the last fifth of rounds",
     "links": "Distance from the optimum, root mean square over the last fifth of rounds",
+    "away": "The same where 4 of 20 take part in a round",
 }
 
 
