@@ -115,7 +115,7 @@ def table(folder: Path, seeds: int) -> str:
         done = [(own, usual) for own, usual in pairs if own and usual]
         if done:
             bias, rms = (np.mean([own[key] for own, _ in done]) for key in ("bias", "rms"))
-            left = np.mean([own["bias"] / usual["bias"] for own, usual in done])
+            left = float(np.mean([own["bias"] / usual["bias"] for own, usual in done]))
             shown = f"{bias:.4f} | {rms:.4f} | {_removed(1, left)}"
             lines.append(f"| `{weighting}` | {len(done)} | {shown} |")
     return "\n".join(lines) + "\n"
