@@ -378,6 +378,11 @@ def _hiding_problems(plan: Plan) -> Iterator[str]:
             "besides those of its steps, and no noise covers these; use scaffold, feddyn, fedprox "
             "or none"
         )
+    if plan.correction.while_away:
+        yield (
+            f"correction: {describe(plan.correction)} takes steps for rounds that a client has no "
+            "part in, and its ledger counts those of one round; set while_away=0"
+        )
     if isinstance(plan.aggregator, Observing):
         yield (
             f"aggregator: {describe(plan.aggregator)} has clients tell what their records look "

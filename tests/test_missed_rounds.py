@@ -13,14 +13,16 @@ import torch
 
 from fedpeft import simulate
 from fedpeft.client_rounds import ALONE, Played, group_round
+from fedpeft.errors import PlanError
 from fedpeft.grouping import Grouping
 from fedpeft.memory import Memory
+from fedpeft.plan import Plan
 from fedpeft.preview import as_text, preview
 from fedpeft.rng import derive_seed
-from fedpeft.spec import build
+from fedpeft.spec import build, method
 from fedpeft.stacking import stack, unstack
 from fedpeft.tensors import prefixed, select
-from fedpeft.types import Job, Tensors
+from fedpeft.types import Correction, Job, Tensors
 from tests.architectures import fresh_base
 from tests.camp import CLASSES, CLASSIFY, SIZES, WIDE, Camp, Moment, camp_of, second_round
 from tests.tiny import support_plan
@@ -193,3 +195,19 @@ def test_runs_in_groups_and_processes_agree_and_say_what_it_takes(bert: Path) ->
     assert found["memory"]["away_bytes"] == 4 * found["parameters"]["travelling"]
     assert "and as many for each of up to 3 rounds missed" in as_text(found)
     assert "what came last, to train with while away" in as_text(found)
+
+
+@method
+class Restless(Correction):
+    """Takes no gradient beside those of its steps."""
+
+    while_away: int = 1
+
+
+def test_who_hides_records_takes_no_steps_that_nobody_counts() -> None:
+    lines: dict[str, Any] = {"model": "m", "task": "classify", "data": "jsonl(train='a')"}
+    lines |= {"adapter": "lora(r=2)", "trainer": "plain", "evaluate": "test", "rounds": 3}
+    lines |= {"weighting": "uniform", "privacy": "record(noise_multiplier=1.0)"}
+    Plan.from_lines({**lines, "correction": "tests.test_missed_rounds:Restless(while_away=0)"})
+    with pytest.raises(PlanError, match="its ledger counts those of one round; set while_away=0"):
+        Plan.from_lines({**lines, "correction": "tests.test_missed_rounds:Restless"})
