@@ -91,11 +91,11 @@ class Setting:
         ]
         return {name: torch.cat([each[name] for each in found]) for name in found[0]}
 
-    def opacus(self) -> Callable[[], Stacked]:
-        """Return what gives the gradients [16, ...] by Opacus's hooks on the PEFT model."""
+    def peft(self) -> Any:
+        """Return the same adapter on the same base as a PEFT model, without dropout."""
         from peft import PeftModel
 
-        plan, base, task = self.site.plan, self.site.base, self.site.plan.task
+        plan, base = self.site.plan, self.site.base
         with tempfile.TemporaryDirectory() as folder:
             plan.adapter.export(base, self.tensors, Path(folder))
             model = PeftModel.from_pretrained(
@@ -104,6 +104,11 @@ class Setting:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
+        return model
+
+    def opacus(self) -> Callable[[], Stacked]:
+        """Return what gives the gradients [16, ...] by Opacus's hooks on the PEFT model."""
+        model, task = self.peft(), self.site.plan.task
         wrapped = import_module("opacus").GradSampleModule(model, loss_reduction="sum")
         own = {_short(n): p for n, p in model.named_parameters() if p.requires_grad}
 

@@ -25,7 +25,7 @@ from fedpeft.plan import Plan
 from fedpeft.privacy._mechanism import Mechanism
 from fedpeft.types import Shapes, Update
 from fedpeft.watching import Line, Quiet
-from simulations.benchmarks import _report
+from simulations.benchmarks import _record_steps, _report
 
 GOAL = 0.02
 LINES = {
@@ -105,12 +105,13 @@ class Clock(Quiet):
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Return a row for each way to draw cohorts; the promise to records will have its own."""
+    """Return a row for each way to draw cohorts, and one of a step for each model."""
     import torch
 
     torch.set_num_threads(1)
     count, cohorts = (3, COHORTS[:1]) if quick else (6, COHORTS)
-    return {"rows": [user_level(cohort, count) for cohort in cohorts], "goal": GOAL}
+    rows = [user_level(cohort, count) for cohort in cohorts] + _record_steps.measure(quick)
+    return {"rows": rows, "goals": {"user": GOAL, "record": _record_steps.GOAL}}
 
 
 def user_level(cohort: str, count: int) -> dict[str, Any]:
