@@ -157,9 +157,7 @@ def worst(plan: Plan, units: Population) -> Stepping | None:
     """
     sizes = sorted(set(units.values()))
     steps = [found for n in sizes if (found := stepping_of(plan, n)) is not None]
-    # of the same noise, the one with the higher rate; calibrated ones end within a part in 1,000
-    ends = {(s.noise_multiplier, s.steps): s for s in sorted(steps, key=lambda s: s.rate)}
-    return max(ends.values(), key=lambda s: s.epsilon(s.rounds), default=None)
+    return max(steps, key=lambda step: step.heaviness, default=None)
 
 
 def spent(plan: Plan, units: Population, rounds: int) -> dict[str, float]:

@@ -66,7 +66,7 @@ def private(model: Path, **lines: Any) -> Plan:
 
 
 def stepping(units: int = 40, rate: float = 0.25, **fields: Any) -> Stepping:
-    usual = {"steps": 6, "rounds": 2, "clip": 0.5, "noise_multiplier": 0.8, "delta": 1e-5}
+    usual = {"steps": 6, "rounds": 2, "clip": 0.5, "noise": 0.8, "delta": 1e-5}
     return Stepping(units=units, rate=rate, **{**usual, **fields})
 
 
@@ -267,7 +267,7 @@ def test_no_unit_moves_a_sum_by_more_than_the_clip(
 
 
 def test_epsilon_is_that_of_all_steps_of_all_rounds() -> None:
-    step = stepping(units=100, rate=0.1, steps=64, rounds=8, noise_multiplier=3.0, delta=1e-6)
+    step = stepping(units=100, rate=0.1, steps=64, rounds=8, noise=3.0, delta=1e-6)
     assert step.epsilon(8) == pytest.approx(3.770, abs=1e-3)  # 512 steps, dp-accounting's figure
     assert step.epsilon(0) == 0
     spent = [step.epsilon(n) for n in range(9)]
@@ -277,7 +277,7 @@ def test_epsilon_is_that_of_all_steps_of_all_rounds() -> None:
 
 def test_opacus_accounts_alike() -> None:
     opacus = importlib.import_module("opacus.accountants")
-    step = stepping(units=1000, rate=0.01, steps=100, rounds=2, noise_multiplier=1.0)
+    step = stepping(units=1000, rate=0.01, steps=100, rounds=2, noise=1.0)
     prv, rdp = opacus.PRVAccountant(), opacus.RDPAccountant()
     for accountant in (prv, rdp):
         accountant.history = [(1.0, 0.01, 200)]
@@ -706,3 +706,14 @@ def test_ledgers_are_found_by_the_player(bert: Path) -> None:
 def test_a_spec_error_names_the_field() -> None:
     with pytest.raises(SpecError, match="clip"):
         build("privacy", "record(epsilon=1, clip=0)")
+
+
+@pytest.mark.parametrize("of", ["noise_multiplier=1.5", "epsilon=3.0"])
+@pytest.mark.parametrize("work", ["epochs=1, batch=8", "steps=3, batch=8"])
+def test_what_is_told_is_of_the_client_that_spends_most(bert: Path, of: str, work: str) -> None:
+    plan = private(bert, privacy=f"record({of})", trainer=f"plain({work})", rounds=3)
+    units = {f"c{n}": n for n in (3, 9, 17, 30, 41, 88, 120, 400)}
+    each = {n: hiding.stepping_of(plan, n) for n in units.values()}
+    ends = {n: step.epsilon(3) for n, step in each.items() if step is not None}
+    told = hiding.spent(plan, units, 3)["epsilon_record"]
+    assert told == pytest.approx(max(ends.values()), rel=0.01)

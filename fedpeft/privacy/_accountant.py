@@ -138,7 +138,7 @@ def renyi(sampling: Sampling, noise_multiplier: float, rounds: int, delta: float
     return float(compute_epsilon(orders, rounds * one, delta)[0])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _one_round_s_rdp(sampling: Sampling, noise_multiplier: float) -> tuple[Any, Any]:
     """Return orders, and one round's Renyi divergence of each."""
     from dp_accounting import NeighboringRelation

@@ -29,8 +29,8 @@ class Stepping:
 
     Each of ``units`` (records, or all records with the same ``column``) is in a step's batch with
     probability ``rate``, by a coin of its own. A round has ``steps`` steps, and the client takes
-    part in ``rounds`` of them at most. ``noise_multiplier`` is the noise's standard deviation in
-    units of ``clip``. ``per_unit`` is the most records of a unit that one step takes.
+    part in ``rounds`` of them at most. ``per_unit`` is the most records of a unit that one step
+    takes. The ``noise`` multiplier is given, or follows from the ``target`` epsilon.
     """
 
     units: int
@@ -38,10 +38,28 @@ class Stepping:
     steps: int
     rounds: int
     clip: float
-    noise_multiplier: float
     delta: float
+    noise: float | None = None
+    target: float | None = None
     column: str | None = None
     per_unit: int | None = None
+
+    @property
+    def noise_multiplier(self) -> float:
+        """The noise's standard deviation in units of ``clip``.
+
+        Raises ``PlanError`` where none is enough for the target.
+        """
+        if self.noise is not None:
+            return self.noise
+        return calibrated(self.rate, self.steps * self.rounds, self.target or 0.0, self.delta)
+
+    @property
+    def heaviness(self) -> float:
+        """More for a client that will have spent more, among those of one plan; worked out soon."""
+        if self.noise is None:
+            return self.rate / _rounded(self.rate)
+        return self.renyi(self.rounds) or 0.0
 
     @property
     def expected(self) -> float:
@@ -162,9 +180,12 @@ def calibrated(rate: float, steps: int, epsilon: float, delta: float) -> float:
     It is calibrated for a rate rounded up to two digits, which is more noise: clients of nearly
     the same size share it. Raises ``PlanError`` where no noise is enough.
     """
+    return _accountant.calibrated(coins(_rounded(rate)), epsilon, steps, delta)
+
+
+def _rounded(rate: float) -> float:
     unit = 10.0 ** (math.floor(math.log10(rate)) - 1)
-    rounded = min(1.0, float(f"{math.ceil(rate / unit * (1 - 1e-12)) * unit:.6g}"))
-    return _accountant.calibrated(coins(rounded), epsilon, steps, delta)
+    return min(1.0, float(f"{math.ceil(rate / unit * (1 - 1e-12)) * unit:.6g}"))
 
 
 def derived(key: bytes, purpose: str) -> bytes:

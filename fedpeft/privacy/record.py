@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fedpeft.errors import SpecError
 from fedpeft.privacy import _accountant
-from fedpeft.privacy._stepping import Stepping, calibrated
+from fedpeft.privacy._stepping import Stepping
 from fedpeft.spec import bounded, method
 from fedpeft.types import Privacy
 
@@ -69,20 +69,17 @@ class Record(Privacy):
         return not self.simulate_noise
 
     def stepping(self, units: int, work: tuple[int, int], rounds: int) -> Stepping:
-        """Return how a client steps. Raises ``PlanError`` where ``epsilon`` is out of reach."""
+        """Return how a client steps."""
         steps, seen = work
-        rate, most = min(1.0, seen / (steps * units)), min(self.rounds or rounds, rounds)
-        noise = self.noise_multiplier
-        if noise is None and self.epsilon is not None:
-            noise = calibrated(rate, steps * most, self.epsilon, self.delta)
         return Stepping(
-            units,
-            rate,
-            steps,
-            most,
-            self.clip,
-            noise or 0.0,
-            self.delta,
-            self.unit,
-            self.per_unit,
+            units=units,
+            rate=min(1.0, seen / (steps * units)),
+            steps=steps,
+            rounds=min(self.rounds or rounds, rounds),
+            clip=self.clip,
+            delta=self.delta,
+            noise=self.noise_multiplier,
+            target=self.epsilon,
+            column=self.unit,
+            per_unit=self.per_unit,
         )

@@ -71,7 +71,7 @@ def _row(name: str, seconds: float) -> dict[str, Any]:
 def _fedpeft(setting: Setting, hides: bool) -> Callable[[], Any]:
     """Return one step of fedpeft's trainer; a hidden one takes every record at the rate 1."""
     trainer = Plan.from_lines({**setting.site.plan.lines(), "trainer": TRAINER}).trainer
-    stepping = Stepping(RECORDS, 1.0, 1, 1, 1.0, 1.0, 1e-5)
+    stepping = Stepping(RECORDS, 1.0, 1, 1, 1.0, 1e-5, noise=1.0)
     members = list(np.arange(RECORDS).reshape(-1, 1))
     count = 0
 
