@@ -65,6 +65,7 @@ TAKES: Mapping[str, tuple[str, ...]] = {
     "fedex": BOTH_MOVE,
     "frlora": COMMON,
     "fedsvd": ONE_MOVES_OF_TWO,
+    "lora_fa": ("lora(r=2, train='B', send='both')",),
     "regmean": ("lora(r=2, train='B', send='both')", "lora(r=2, train='B', head='local')"),
     **dict.fromkeys(("ties", "dare", "breadcrumbs", "model_stock"), ONE_MOVES_OF_TWO + ONE_MOVES),
     "ties(density=0.5, scope='tensor', space='dense')": BOTH_MOVE + ONE_MOVES_OF_TWO,
@@ -359,7 +360,7 @@ def test_conversion_takes_the_linear_probe_alone() -> None:
 
 
 PROMISED: Mapping[str, set[str]] = {
-    "aggregator": {"mean", "fedsvd", "frlora"},
+    "aggregator": {"mean", "fedsvd", "frlora", "lora_fa"},
     "correction": {"none", "fedprox(mu=0.1)"},
     "schedule": {"sync"},
     "weighting": {f"uniform(denominator='{of}')" for of in ("expected", "population")},

@@ -12,6 +12,8 @@ import pytest
 from fedpeft import Plan, simulate
 from fedpeft.errors import PlanError
 from fedpeft.plan import PARTS
+from fedpeft.preflight import check
+from fedpeft.releases import is_guarded
 from fedpeft.spec import build, describe, names
 from fedpeft.tables import Tables
 from tests.tiny import support_plan
@@ -35,9 +37,10 @@ def _plan(preset: str, **lines: Any) -> Plan:
 @pytest.mark.parametrize("name", PRESETS)
 def test_lines_are_specs_of_a_plan(name: str) -> None:
     lines = build("presets", name).lines()
-    assert set(lines) <= set(PARTS)
+    assert set(lines) <= {*PARTS, "evaluate"}
     plan = _plan(name)
-    for line, spec in lines.items():
+    assert plan.evaluate == lines.get("evaluate", "clients,test")
+    for line, spec in ((line, spec) for line, spec in lines.items() if line in PARTS):
         family = PARTS[line]
         assert describe(getattr(plan, line)) == describe(build(family, spec))
     # nothing that makes the method is left to defaults that may change
@@ -67,7 +70,8 @@ def test_every_knob_turns_something(name: str) -> None:
     for f in dataclasses.fields(preset):
         value = getattr(preset, f.name)
         number = 32 if value != 32 else 64
-        other: Any = {str: "orthonormal", int: number, float: 0.25, bool: True}[type(value)]
+        word = "orthonormal" if value != "orthonormal" else "gaussian"
+        other: Any = {str: word, int: number, float: 0.25, bool: True}[type(value)]
         turned = dataclasses.replace(preset, **{f.name: other})
         assert turned.lines() != preset.lines(), f.name
         _plan(describe(turned))
@@ -130,10 +134,12 @@ SMALL = {
     "fedit": "fedit(r=2, targets='attention', epochs=1, batch=8, accumulate=2)",
     "ffa_lora": "ffa_lora(r=2)",
     "fed_sb": "fed_sb(r=4, epochs=1, batch=8)",
+    "dp_fed_sb": "dp_fed_sb(r=4)",
 }
+PROMISED = [name for name in PRESETS if is_guarded(_plan(name))]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in PROMISED])
 def test_presets_run(bert: Path, name: str) -> None:
     preset = build("presets", SMALL.get(name, name))
     lines: dict[str, Any] = {"adapter": "lora(r=2)", **preset.lines()}
@@ -142,3 +148,28 @@ def test_presets_run(bert: Path, name: str) -> None:
     assert len(losses) == 2
     assert np.isfinite(losses).all()
     assert not any("refused" in line for line in result.history)
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_presets_with_a_promise_pass_the_preflight_and_keep_it(bert: Path, name: str) -> None:
+    preset = build("presets", SMALL.get(name, name))
+    plan = support_plan(bert, partition="iid", **{**preset.lines(), "cohort": "poisson(rate=0.9)"})
+    assert not [text for text in check(plan).warnings if "privacy" in text]
+    result = simulate(plan)
+    assert [line["epsilon"] <= 8 for line in result.history] == [True, True]
+    assert result.history[-1]["epsilon"] > 7.9
+    assert not any("replied" in line for line in result.history)
+    assert all(np.isfinite(value).all() for value in result.tensors.values())
+
+
+def test_dp_presets_are_the_papers_adapters_under_one_promise() -> None:
+    assert {"dp_ffa_lora", "dp_dylora", "dp_fed_sb", "dp_lora_fa"} <= {*PROMISED}
+    for name in ("dp_ffa_lora", "dp_dylora", "dp_fed_sb", "dp_lora_fa"):
+        plan = _plan(f"{name}(epsilon=3.0, delta=1e-6, clip=0.2, rate=0.3)")
+        lines = plan.lines()
+        assert "epsilon=3.0" in lines["privacy"]
+        assert "delta=1e-06, clip=0.2" in lines["privacy"]
+        assert lines["cohort"].startswith("poisson(rate=0.3")
+        assert plan.privacy.secret
+    public = _plan("dp_fed_sb(public=\"jsonl(train='rows')\")")
+    assert describe(public.adapter) == "core(init='gradient', public=\"jsonl(train='rows')\")"
