@@ -166,11 +166,17 @@ def spent(plan: Plan, units: Population, rounds: int) -> dict[str, float]:
     return {} if step is None else {"epsilon_record": step.epsilon(min(rounds, step.rounds))}
 
 
-def preview(plan: Plan, units: Population) -> dict[str, Any]:
-    """Return the promise and what it costs, of the client that spends most."""
+def preview(plan: Plan, units: Population, parameters: int, cohort: float) -> dict[str, Any]:
+    """Return the promise and what it costs, of the client that spends most.
+
+    ``noise_norm`` is that of the noise in the mean gradient of a step in which so many
+    ``parameters`` train, in clips, where no gradient is larger than one; ``noise_norm_all`` that in
+    the mean of all steps of all rounds of a ``cohort``.
+    """
     step = worst(plan, units)
     if step is None:
         return {}
+    norm = step.noise_multiplier * math.sqrt(parameters) / step.expected
     return {
         **step.told(),
         "secret": plan.privacy.secret,
@@ -179,6 +185,8 @@ def preview(plan: Plan, units: Population) -> dict[str, Any]:
         "epsilon_rdp": step.renyi(step.rounds),
         "clip": step.clip,
         "expected": step.expected,
+        "noise_norm": norm,
+        "noise_norm_all": norm / math.sqrt(step.steps * step.rounds * cohort),
     }
 
 

@@ -136,7 +136,9 @@ def preview(plan: Plan) -> dict[str, Any]:
         ),
         "weights": {"space": weighing.space(plan)},
         "privacy": _privacy(plan, tables, len(population)),
-        "hiding": hiding.preview(plan, federation.counted),
+        "hiding": hiding.preview(
+            plan, federation.counted, _parameters(found, shapes, tables)["trained"], replies
+        ),
         "memory": {
             **_memory(found, shapes, tables, plan),
             "last_updates_bytes": weighing.kept_bytes(plan, tables, len(population)),
@@ -495,7 +497,7 @@ def _hidden(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not found:
         return []
     beside = f" ({found['epsilon_rdp']:.3f} by RDP)" if found["epsilon_rdp"] is not None else ""
-    return [
+    rows = [
         (
             "epsilon of records",
             f"{found['epsilon']:.3f} in {found['rounds']} rounds by {found['accountant']}{beside}, "
@@ -507,10 +509,21 @@ def _hidden(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("batches", f"{found['sampler']}, {found['expected']:.3g} on average"),
         (
             "noise of steps",
-            f"multiplier {found['noise_multiplier']:g}, on sums of gradients clipped to "
-            f"{found['clip']:g}",
+            f"multiplier {found['noise_multiplier']:g}; its norm is {found['noise_norm']:.3g} "
+            f"clips of {found['clip']:g} in the mean gradient of a step, "
+            f"{found['noise_norm_all']:.2g} in that of all steps of all clients",
         ),
     ]
+    if found["noise_norm_all"] > 1:
+        rows.append(
+            (
+                "warning",
+                f"privacy: the noise is {found['noise_norm_all']:.3g} times all gradients "
+                "together at most: accuracy will be near chance; more clients, larger batches or "
+                "fewer parameters would lower it",
+            )
+        )
+    return rows
 
 
 def _reach(found: Mapping[str, Any]) -> str:

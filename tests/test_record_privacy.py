@@ -680,13 +680,33 @@ def test_warnings(bert: Path) -> None:
 
 
 def test_the_preview_says_what_is_promised(bert: Path) -> None:
-    plan = private(bert, privacy="record(epsilon=3, clip=0.7)", rounds=4)
+    many = "plain(optimizer='sgd', lr=0.2, steps=40, batch=20)"
+    plan = private(bert, privacy="record(epsilon=9, clip=0.7)", rounds=4, trainer=many)
     found = preview(plan)["hiding"]
-    assert found["epsilon"] <= 3.0 < found["epsilon_rdp"] * 1.2
+    assert found["epsilon"] <= 9.0 < found["epsilon_rdp"] * 1.2
     assert found["epsilon_per_round"] < found["epsilon"]
     told = as_text(preview(plan))
-    for words in ("in 4 rounds by PLD", "hidden from", "gradients clipped to 0.7"):
+    for words in ("in 4 rounds by PLD", "hidden from", "clips of 0.7 in the mean gradient"):
         assert words in told
+    assert "near chance" not in told
+    assert "near chance" in as_text(preview(private(bert, privacy="record(noise_multiplier=99)")))
+
+
+def test_the_noise_told_is_the_noise_there_is(bert: Path) -> None:
+    plan = private(bert, privacy="record(noise_multiplier=0.8, clip=0.7)", rounds=2, clients=3)
+    found, trained = preview(plan)["hiding"], preview(plan)["parameters"]["trained"]
+    step = hiding.stepping_of(plan, min(deal(plan).population.values()))
+    assert step is not None
+    zero = {"all": np.zeros(trained)}
+    means = [
+        step.hidden(bytes([k]) * 32, alone(step.units)).noised(at, zero)["all"]
+        for k in range(3 * 2)
+        for at in range(step.steps)
+    ]
+    norms = [np.linalg.norm(mean) / 0.7 for mean in means]
+    assert np.mean(norms) == pytest.approx(found["noise_norm"], rel=0.05)
+    whole = np.linalg.norm(np.mean(means, axis=0)) / 0.7
+    assert whole == pytest.approx(found["noise_norm_all"], rel=0.05)
 
 
 def test_ledgers_are_found_by_the_player(bert: Path) -> None:
