@@ -308,6 +308,23 @@ def worst(round: Round, draws: int, gradients: int = 0, seed: int = 0) -> float:
     return most
 
 
+OTHERS = (
+    f"user(noise_multiplier=1.5, clip={CLIP}, quantile=0.5, bit_noise=2.0, simulate_noise=true)",
+    f"{PRIVATE} | record(noise_multiplier=1.0, clip=1.0, simulate_noise=true)",
+)
+"""A clip that follows the norms, and a promise about records besides."""
+
+
+@pytest.mark.parametrize("cohort", COHORTS)
+@pytest.mark.parametrize("privacy", OTHERS)
+def test_other_promises_to_clients_have_the_same_bound(privacy: str, cohort: str) -> None:
+    weighting = "uniform(denominator='expected')"
+    lines = {"adapter": "lora(r=2)", "weighting": weighting, "cohort": cohort}
+    round = Round(quadratic_plan(privacy=privacy, **lines))
+    found = worst(round, draws=20, gradients=1)
+    assert 0.9 * round.bound < found <= round.bound
+
+
 @lru_cache(maxsize=300)
 def cached(case: Case, cohort: str) -> Round:
     return round_of(*case, cohort)

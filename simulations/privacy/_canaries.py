@@ -79,6 +79,7 @@ class Aviary(Simulation):
     inner: Simulation
     count: int
     seed: int = 0
+    population: Sequence[str] = ()
     names: Sequence[str] = ()
     iterates: list[Tensors] = field(default_factory=list)
 
@@ -93,9 +94,9 @@ class Aviary(Simulation):
     @contextmanager
     def start(self, stage: Stage) -> Iterator[Engine]:
         """Start the engine within, and draw who is a canary."""
-        every = list(stage.site.federation.population)
-        drawn = derive(self.seed, "canaries").permutation(len(every))[: self.count]
-        self.names = [every[i] for i in sorted(drawn.tolist())]
+        self.population = list(stage.site.federation.population)
+        drawn = derive(self.seed, "canaries").permutation(len(self.population))[: self.count]
+        self.names = [self.population[i] for i in sorted(drawn.tolist())]
         self.tables = stage.site.tables
         self.sphere = Sphere(travelling(self.plan, self.tables), self.seed)
         self.iterates.append({k: stage.site.initial[k] for k in self.sphere.shapes})

@@ -23,7 +23,7 @@ from typing import Any
 from fedpeft.driver import simulate
 from fedpeft.errors import FedPeftError, PlanError
 from fedpeft.plan import Plan
-from fedpeft.releases import is_guarded
+from fedpeft.releases import is_guarded, mechanism_of
 from fedpeft.spec import build
 from fedpeft.types import Simulation, Tensors
 from simulations.privacy._canaries import Aviary, Sphere
@@ -78,7 +78,8 @@ def audit(
     last = {k: result.tensors[k] for k in sphere.shapes}
     models = [*aviary.iterates, last]
     others = [f"unseen-{i}" for i in range(unseen)]
-    delta = float(getattr(plan.privacy, "delta", 1e-5))
+    made = mechanism_of(plan, len(aviary.population))
+    delta = made.delta if made else 0.0
     final = Normal.of(sphere.cosines(_moved(models[0], last), aviary.names))
     null = Normal(0.0, sphere.dimensions**-0.5)
     steps = [_moved(one, other) for one, other in itertools.pairwise(models)]
