@@ -191,6 +191,27 @@ def export(
 
 
 @app.command()
+def spent(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN|LEDGERS", help="a run, or a node's ledgers")
+    ],
+    delta: Annotated[float, typer.Option(help="of the promise")] = 1e-5,
+) -> None:
+    """Tell what clients have spent of their records' privacy, in all runs their ledgers have."""
+    from fedpeft import ledger
+    from fedpeft.errors import RunError
+
+    if not 0 < delta < 1:
+        raise RunError(f"--delta {delta:g} must be between 0 and 1")
+    for line in ledger.spent(folder, delta):
+        typer.echo(
+            f"{line['client']}  epsilon {line['epsilon']:.3f} at delta {delta:g} in "
+            f"{line['rounds']} rounds of {line['runs']} runs; hidden: {line['unit']}; data "
+            f"{line['data']}"
+        )
+
+
+@app.command()
 def parts(
     family: Annotated[str | None, typer.Argument(help="a family, such as aggregators")] = None,
     name: Annotated[str | None, typer.Argument(help="one of its methods")] = None,

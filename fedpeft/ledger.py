@@ -110,17 +110,12 @@ class OnDiskLedgers:
     def read(self, client: str) -> Ledger:
         """Return a client's ledger. Raises ``RunError`` where its file is damaged."""
         path = self._path(client)
-        try:
-            told = json.loads(path.read_bytes())
-            releases = [Release(**release) for release in told["releases"]]
-            return Ledger(bytes.fromhex(told["key"]), releases)
-        except FileNotFoundError:
-            return Ledger()
-        except (OSError, ValueError, KeyError, TypeError):
-            raise RunError(
-                f"{path}: damaged; restore it: without it nobody knows what client {client} has "
-                "spent of its privacy"
-            ) from None
+        return _read(path, client)[1] if path.exists() else Ledger()
+
+    def all(self) -> Iterator[tuple[str, Ledger]]:
+        """Yield every client with its ledger. Raises ``RunError`` where a file is damaged."""
+        for path in sorted(self.folder.glob("*.json")):
+            yield _read(path, path.stem)
 
     def write(self, client: str, ledger: Ledger) -> None:
         """Keep it, durable at once. Raises ``RunError`` where the disk does not take it."""
@@ -143,6 +138,40 @@ class OnDiskLedgers:
 
     def _path(self, client: str) -> Path:
         return self.folder / f"{file_name(client)}.json"
+
+
+def _read(path: Path, client: str) -> tuple[str, Ledger]:
+    try:
+        told = json.loads(path.read_bytes())
+        releases = [Release(**release) for release in told["releases"]]
+        return str(told["client"]), Ledger(bytes.fromhex(told["key"]), releases)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(
+            f"{path}: damaged; restore it: without it nobody knows what client {client} has spent "
+            "of its privacy"
+        ) from None
+
+
+def spent(folder: Path, delta: float) -> Iterator[dict[str, Any]]:
+    """Yield what each client has spent of each data set, by the ledgers in a folder or a run's.
+
+    Raises ``RunError`` where there are none, or one is damaged.
+    """
+    inner = folder / "memory" / "ledgers"
+    held = list(OnDiskLedgers(inner if inner.is_dir() else folder).all())
+    if not held:
+        raise RunError(f"{folder}: holds no ledgers; give a run folder, or a node's ledgers/")
+    for client, ledger in held:
+        for data in sorted({release.data for release in ledger.releases}):
+            own = [release for release in ledger.releases if release.data == data]
+            yield {
+                "client": client,
+                "data": data[:12],
+                "unit": ", ".join(sorted({release.unit for release in own})),
+                "runs": len({release.run for release in own}),
+                "rounds": len(own),
+                "epsilon": ledger.epsilon(data, delta),
+            }
 
 
 def charge(

@@ -19,8 +19,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from typer.testing import CliRunner
 
 from fedpeft import Plan, hiding, simulate
+from fedpeft.cli import app
 from fedpeft.client_rounds import Asked, client_round, group_round
 from fedpeft.engine._player import Player
 from fedpeft.engine.inline import Inline
@@ -37,7 +39,7 @@ from fedpeft.errors import (
 from fedpeft.federation import deal
 from fedpeft.grouping import Grouping
 from fedpeft.hiding import Purse
-from fedpeft.ledger import InProcessLedgers, Ledger, OnDiskLedgers, Release, charge
+from fedpeft.ledger import InProcessLedgers, Ledger, OnDiskLedgers, Release, charge, spent
 from fedpeft.memory import InProcess, Memory
 from fedpeft.per_example import clipped_sums
 from fedpeft.preflight import check
@@ -375,6 +377,26 @@ def test_a_ledger_is_its_owner_s_alone_and_a_damaged_one_stops(tmp_path: Path) -
         with pytest.raises(RunError, match=r"nobody knows what client \.\./c has spent"):
             charge(ledgers, "../c", FIRST, rounds=1)
         assert path.read_bytes() == broken
+
+
+def test_what_was_spent_is_told_by_client_and_data_set(run: Path, tmp_path: Path) -> None:
+    last = json.loads((run / "rounds.jsonl").read_text().splitlines()[-1])
+    found = list(spent(run, 1e-5))
+    assert found == list(spent(run / "memory/ledgers", 1e-5))
+    assert {line["client"] for line in found} == {f"client-{n:03}" for n in range(len(found))}
+    assert all((line["rounds"], line["runs"]) == (3, 1) for line in found)
+    most = max(line["epsilon"] for line in found)
+    assert most == pytest.approx(last["epsilon_record"], rel=5e-3)
+    told = CliRunner().invoke(app, ["spent", str(run)])
+    assert (
+        f"client-000  epsilon {found[0]['epsilon']:.3f} at delta 1e-05 in 3 rounds" in told.stdout
+    )
+    assert len(told.stdout.splitlines()) == len(found)
+    with pytest.raises(RunError, match="holds no ledgers; give a run folder"):
+        list(spent(tmp_path, 1e-5))
+    for delta in ("0", "1", "nan"):
+        refused = CliRunner().invoke(app, ["spent", str(run), "--delta", delta])
+        assert isinstance(refused.exception, RunError)
 
 
 def test_a_site_stops_before_its_limit(tmp_path: Path) -> None:
