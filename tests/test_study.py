@@ -180,6 +180,15 @@ def test_a_run_that_was_made_twice_is_kept_once(tmp_path: Path) -> None:
     assert [run["told"] for run in store.runs(Counted())] == [0.5]
 
 
+def test_a_rate_that_not_all_have_tried_chooses_nothing(tmp_path: Path) -> None:
+    store = stores.Store(tmp_path)
+    for lr in (1.0, 9.0, 2.0):
+        assert store.rate(Counted()) is None
+        store.keep(Counted(), counted({}, lr, 0))
+    assert store.rate(Counted()) == 2.0
+    assert [run["lr"] for run in store.scored(Counted())] == [2.0]
+
+
 @pytest.mark.parametrize("text", ["", '{"runs": [', "[]", '{"runs": 1, "settings": {}}', "{}"])
 def test_a_damaged_file_of_results_is_named(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -96,11 +96,13 @@ class Store:
     def rate(self, piece: Piece) -> float | None:
         """Return the rate that is best on the clients' held-out records under the first seed.
 
-        By accuracy, where there is one, then by loss. ``None`` before every rate was tried, or if
-        none stayed finite.
+        By accuracy, where there is one, then by loss; of the piece's rates alone, since another
+        that was tried besides may not have been for all. ``None`` before every rate was tried, or
+        if none stayed finite.
         """
         chooser = piece.chooser
-        tried = [r for r in self.runs(chooser) if r["seed"] == chooser.seeds[0]]
+        own = [r for r in self.runs(chooser) if r["lr"] in chooser.rates]
+        tried = [r for r in own if r["seed"] == chooser.seeds[0]]
         if not {*chooser.rates} <= {r["lr"] for r in tried}:
             return None
         finite = [r for r in tried if "metrics" in r]
