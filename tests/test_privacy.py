@@ -78,6 +78,32 @@ def test_one_round_of_coins_beside_an_integral() -> None:
         assert numeric_delta(rate, noise, 0.999 * found) > 1e-4
 
 
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, replace(COINS, rate=1.0)])
+@pytest.mark.parametrize("rounds", [1, 7, 60])
+def test_what_rounds_share_changes_no_bit(
+    sampling: Sampling, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One round is worked out once; here the library composes them all anew."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    monkeypatch.setattr(_accountant, "_GRIDS", (2.0**-9, 2.0**-9))
+    found = _accountant.epsilon.__wrapped__(sampling, 1.5, rounds, 1e-5)
+    beside = _accountant.renyi.__wrapped__(sampling, 1.5, rounds, 1e-5)
+    event, relation = _accountant._event(sampling, 1.5), NeighboringRelation.ADD_OR_REMOVE_ONE
+    if sampling.kind == "fixed":
+        relation = NeighboringRelation.REPLACE_ONE
+    renyi = RdpAccountant(_accountant._ORDERS, relation)
+    if sampling.size is None or sampling.kind == "fixed":
+        assert beside == renyi.compose(event, rounds).get_epsilon(1e-5)
+    if sampling.kind == "fixed":
+        assert found == beside
+    else:
+        whole = PLDAccountant(relation, value_discretization_interval=2.0**-9)
+        assert found == whole.compose(event, rounds).get_epsilon(1e-5)
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_epsilon_is_monotone_in_every_argument(sampling: Sampling) -> None:
     def of(**given: Any) -> float:
