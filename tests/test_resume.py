@@ -139,6 +139,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "anchors": {"correction": "fedamd(p=0.5)", "compare": ""},
     "duals": {
         "correction": "admm_robust(while_away=2)",
+        "seed": 5,  # under which a client misses round 1 and is asked again
         "cohort": "uniform(size=2)",
         "weighting": "uniform(denominator='population')",
         "optimizer": "sgd",
