@@ -54,7 +54,7 @@ def replace_file(path: Path, pieces: Iterable[bytes], kind: str, *, private: boo
     it.
     """
     temporary = path.with_name(f".{path.name}.new")
-    with _writing(path):
+    with writing(path):
         make_folder(path.parent)
         if private:
             temporary.unlink(missing_ok=True)  # one left by a kill would keep its mode
@@ -69,7 +69,7 @@ def write_pending(path: Path, data: bytes, kind: str) -> None:
     It outlives this process, but a power cut only once :func:`settle` has been called.
     """
     temporary = path.with_name(f".{path.name}.new")
-    with _writing(path):
+    with writing(path):
         if not path.parent.is_dir():
             make_folder(path.parent)
         half = len(data) // 2
@@ -92,7 +92,7 @@ def settle(pending: Mapping[Path, Path], kind: str) -> None:
     if not pending:
         return
     folder = next(iter(pending)).parent
-    with _writing(folder):
+    with writing(folder):
         with ThreadPoolExecutor(min(_AT_ONCE, len(pending))) as pool:
             for _ in pool.map(_sync, pending):
                 fault(f"{kind}.synced")
@@ -118,7 +118,7 @@ def append_line(path: Path, line: str, kind: str) -> None:
 
     Raises ``RunError`` where the disk does not take it.
     """
-    with _writing(path):
+    with writing(path):
         _write(path, [line.encode() + b"\n"], kind, "ab")
         _settle(path.parent, kind)
 
@@ -129,7 +129,7 @@ def replace_folder(path: Path, temporary: Path, kind: str) -> None:
     A kill may leave neither there, never a part of one. Raises ``RunError`` where the disk fails.
     """
     old = path.with_name(f".{path.name}.old")
-    with _writing(path):
+    with writing(path):
         _sync_tree(temporary, kind)
         if path.exists():
             remove_folder(old)
@@ -156,7 +156,8 @@ def remove_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn errors of the disk into ``RunError``."""
     try:
         yield
     except OSError as error:

@@ -162,7 +162,8 @@ def _units(plan: Plan, rows: Sequence[Row]) -> NDArray[np.int64] | None:
                 f"privacy: unit={column!r}: data: train: row {i + 1} {what}"
                 f"{nearest(column, [str(k) for k in row]) if column not in row else ''}"
             )
-        found[i] = places.setdefault(str(value), len(places))
+        whole = isinstance(value, float) and value.is_integer()
+        found[i] = places.setdefault(str(int(value) if whole else value), len(places))
     return found
 
 

@@ -80,15 +80,17 @@ def key_of(
     """Return the key of a client's round, which has counted then; none where nothing is hidden.
 
     ``broadcast`` is its run and round, ``depends`` all that training depends on beside the plan and
-    the data. Raises ``BudgetError`` where it would be one too many, or where nobody would know.
+    the data. The plan counts, too: the same noise under another clip or rate would tell the
+    gradients' difference. Raises ``BudgetError`` where it would be one too many, where nobody would
+    know, or where its site has a limit and nothing would be hidden.
     """
     step, (run, round) = stepping_of(plan, units_of(plan, site, client)), broadcast
+    if purse is not None and purse.limit is not None and not (step and plan.privacy.secret):
+        raise BudgetError(
+            f"its site allows epsilon {purse.limit[0]:g}, and this plan hides no records; say "
+            "privacy: record(epsilon=...), without simulate_noise=true"
+        )
     if step is None:
-        if purse is not None and purse.limit is not None:
-            raise BudgetError(
-                f"its site allows epsilon {purse.limit[0]:g}, and this plan hides no records; say "
-                "privacy: record(epsilon=...)"
-            )
         return b""
     if not plan.privacy.secret:
         return derive(plan.seed, round, client, "steps").bytes(_KEY)
@@ -98,7 +100,7 @@ def key_of(
         data=_holder(site).fingerprint,
         run=run,
         round=round,
-        broadcast=_digest(depends),
+        broadcast=_digest(plan.digest(), depends),
         unit=str(step.told()["unit"]),
         rate=step.rate,
         noise=step.noise_multiplier,
@@ -141,7 +143,8 @@ def check_records(plan: Plan, site: Client, client: str, tensors: Tensors, round
     params = {k: v for k, v in stacked.items() if k in trains}
     fixed = {k: v for k, v in stacked.items() if k not in trains}
     check(site.learner, params, fixed, [records[i] for i in chosen])
-    _checked.add(site.learner)
+    if len(chosen) > 1:  # one alone has been compared with nothing
+        _checked.add(site.learner)
 
 
 def _holder(site: Client) -> Holder:
@@ -239,8 +242,8 @@ def warnings(plan: Plan, units: Population, scattered: int) -> Iterator[str]:
         yield "privacy: the promise does not cover what warm_start was trained on"
 
 
-def _digest(depends: Sequence[Tensors]) -> str:
-    found = hashlib.blake2b(digest_size=16)
+def _digest(plan: str, depends: Sequence[Tensors]) -> str:
+    found = hashlib.blake2b(plan.encode(), digest_size=16)
     for tensors in depends:
         for name in sorted(tensors):
             value = np.ascontiguousarray(tensors[name])

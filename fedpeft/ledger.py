@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedpeft.durable import file_name, make_folder, replace_file
+from fedpeft.durable import file_name, make_folder, replace_file, writing
 from fedpeft.errors import BudgetError, RunError
 
 _KEY = 32
@@ -128,8 +128,9 @@ class OnDiskLedgers:
     def alone(self, client: str) -> Iterator[None]:
         """Wait for other processes, perhaps of other runs."""
         path = self._path(client)
-        make_folder(path.parent)
-        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        with writing(path):
+            make_folder(path.parent)
+            lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -144,7 +145,10 @@ def _read(path: Path, client: str) -> tuple[str, Ledger]:
     try:
         told = json.loads(path.read_bytes())
         releases = [Release(**release) for release in told["releases"]]
-        return str(told["client"]), Ledger(bytes.fromhex(told["key"]), releases)
+        key = bytes.fromhex(told["key"])
+        if len(key) != _KEY:
+            raise ValueError("a short key could be guessed, and with it all noise")
+        return str(told["client"]), Ledger(key, releases)
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(
             f"{path}: damaged; restore it: without it nobody knows what client {client} has spent "

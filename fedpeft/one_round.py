@@ -111,8 +111,9 @@ def one_round(run: Run, at: Checkpoint) -> Checkpoint:
         return sent.waiting(answers)
 
     answers, population = course.replies([*weights.of], run.watch.client), run.engine.population()
-    conversion = Conversion(plan, run.site.learner.device, run.found, state.round, population)
-    how = run.run, population, weights, sent.waiting(answers), ask, course.versions, run.updates
+    works = population if plan.privacy.unit is None else run.site.federation.counted
+    conversion = Conversion(plan, run.site.learner.device, run.found, state.round, works)
+    how = run.run, works, weights, sent.waiting(answers), ask, course.versions, run.updates
     after, report = server_round(plan, run.site.tables, state, *how, conversion.aged)
     after = replace(after, past=_past(state, course.stands.flying))
     if report.refused and not report.replied and report.up.of:

@@ -124,11 +124,16 @@ def check(learner: Learner, params: Stacked, fixed: Stacked, records: Sequence[E
     together, _ = gradients(learner, params, fixed, learner.collate(records, [1.0] * len(records)))
     for k, record in enumerate(records):
         alone, _ = gradients(learner, params, fixed, learner.collate([record], [1.0]))
+        shared = [together[n][k] for n in alone]
         apart = sum(
-            float((together[n][k] - v[0]).double().square().sum()) for n, v in alone.items()
+            float((there - v[0]).double().square().sum())
+            for there, v in zip(shared, alone.values(), strict=True)
         )
         length = sum(float(v.double().square().sum()) for v in alone.values())
-        if not apart <= _APART**2 * length:
+        usable = [all(bool(v.isfinite().all()) for v in g) for g in (alone.values(), shared)]
+        if not any(usable):
+            continue  # it counts as zero, and to stop here would tell that it is there
+        if not (all(usable) and apart <= _APART**2 * length):
             raise ModelError(
                 "privacy: the gradient of a record depends on the others in its batch, so clipping "
                 "it bounds nothing; the task's losses must be one per record, and the model and "
