@@ -36,7 +36,7 @@ from fedpeft.flower import (
     read_packet,
 )
 from fedpeft.flower_config import Settings, home, read_config
-from fedpeft.hiding import Purse
+from fedpeft.hiding import Purse, check_evaluation
 from fedpeft.ledger import OnDiskLedgers
 from fedpeft.memory import Memory, OnDisk
 from fedpeft.plan import Plan
@@ -101,6 +101,7 @@ def evaluate(message: Message, context: Context) -> Message:
     def make() -> RecordDict:
         plan, settings, federation = _prepared(context)
         client = _addressed(message, federation, context)
+        check_evaluation(plan, _purse(context))
         site = _site(plan, settings, federation)
         if not (held := site.held(client)):
             return metrics_record({})

@@ -109,6 +109,12 @@ def key_of(
     return charge(purse.ledgers, client, release, rounds=step.rounds, limit=purse.limit)
 
 
+def check_evaluation(plan: Plan, purse: Purse) -> None:
+    """Raise ``BudgetError`` where metrics on a client's held-out records are not to leave it."""
+    if purse.limit is not None or (plan.privacy.hides and plan.privacy.secret):
+        raise BudgetError("metrics on held-out records are not noised, so none leave this node")
+
+
 def hidden(plan: Plan, site: Client, keys: Mapping[str, bytes]) -> list[Hidden]:
     """Return the steps of each client's round; nothing where nothing is hidden."""
     if not plan.privacy.hides:

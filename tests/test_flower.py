@@ -251,6 +251,31 @@ def test_a_node_s_limit_is_read_as_it_is_meant(
         serve(grid)
 
 
+@pytest.mark.parametrize(
+    ("privacy", "allowed"),
+    [
+        ("record(noise_multiplier=3.0)", {}),
+        ("record(noise_multiplier=3.0)", {"max-epsilon": 30}),
+        ("none", {"max-epsilon": 30}),
+    ],
+)
+def test_a_node_that_hides_records_says_no_metrics_of_them(
+    bert: Path, tmp_path: Path, privacy: str, allowed: dict[str, float | str]
+) -> None:
+    """A server may ask for them under a plan that does not; there is no noise on them."""
+    plan = support_plan(bert, privacy=privacy, weighting="uniform", evaluate="test", rounds=1)
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=plan.clients or 0)
+    serve(grid)
+    asked = next(m for m in grid.sent if m.metadata.message_type == "train")
+    message = Message(asked.content, asked.metadata.dst_node_id, "evaluate")
+    place, grid.allowed = grid.nodes[asked.metadata.dst_node_id], allowed
+    reply = grid.play(message, place)
+    assert "are not noised, so none leave this node" in str(reply.error.reason)
+    if privacy == "none":  # without a limit it does as ever
+        grid.allowed = {}
+        assert read_metrics(grid.play(message, place).content)
+
+
 def test_a_promise_holds_where_every_client_fails(bert: Path, tmp_path: Path) -> None:
     """To stop would tell of them: the round releases noise, and its line tells of nobody."""
     plan = support_plan(bert, privacy=SECRET, weighting=EVEN, evaluate="test", holdout=0)
