@@ -52,15 +52,20 @@ class Ledger:
         """Return how many releases there were in a run."""
         return sum(release.run == run for release in self.releases)
 
-    def epsilon(self, data: str, delta: float) -> float:
+    def units(self, data: str) -> list[str]:
+        """Return whom the releases of a data set hide: units of one kind, or of several."""
+        return sorted({release.unit for release in self.releases if release.data == data})
+
+    def epsilon(self, data: str, delta: float, unit: str | None = None) -> float:
         """Return what all releases of a data set have spent together at ``delta``, by PLD.
 
-        Of a record, or of a unit: whichever is hidden, one record is in one unit.
+        Where they hide different units, only those of one ``unit`` add up: a unit of many records
+        is hidden by steps that hide single ones only at many times their epsilon.
         """
         from fedpeft.privacy._accountant import composed
 
         steps: dict[tuple[float, float], int] = {}
-        for release in (r for r in self.releases if r.data == data):
+        for release in (r for r in self.releases if r.data == data and unit in (None, r.unit)):
             kind = release.rate, release.noise
             steps[kind] = steps.get(kind, 0) + release.steps
         return composed(tuple(sorted((*kind, count) for kind, count in steps.items())), delta)
@@ -166,15 +171,15 @@ def spent(folder: Path, delta: float) -> Iterator[dict[str, Any]]:
     if not held:
         raise RunError(f"{folder}: holds no ledgers; give a run folder, or a node's ledgers/")
     for client, ledger in held:
-        for data in sorted({release.data for release in ledger.releases}):
-            own = [release for release in ledger.releases if release.data == data]
+        for data, unit in sorted({(release.data, release.unit) for release in ledger.releases}):
+            own = [r for r in ledger.releases if (r.data, r.unit) == (data, unit)]
             yield {
                 "client": client,
                 "data": data[:12],
-                "unit": ", ".join(sorted({release.unit for release in own})),
+                "unit": unit,
                 "runs": len({release.run for release in own}),
                 "rounds": len(own),
-                "epsilon": ledger.epsilon(data, delta),
+                "epsilon": ledger.epsilon(data, delta, unit),
             }
 
 
@@ -189,7 +194,8 @@ def charge(
     """Write ``release`` down, unless it is, and return its key.
 
     Raises ``BudgetError`` where the run has made ``rounds`` others, or where the data set's epsilon
-    would be above a site's ``limit`` (epsilon, delta); nothing is written then.
+    would be above a site's ``limit`` (epsilon, delta) or unknown, since other units were hidden
+    before; nothing is written then.
     """
     from fedpeft.privacy._stepping import derived
 
@@ -209,6 +215,11 @@ def _check(after: Ledger, rounds: int, limit: tuple[float, float] | None) -> Non
         raise BudgetError(
             f"has taken part in the {rounds} rounds that its promise is for, and trains no more in "
             "this run"
+        )
+    if limit is not None and len(kinds := after.units(last.data)) > 1:
+        raise BudgetError(
+            f"has spent privacy of the same records with another unit ({', '.join(kinds)}), and "
+            "what both come to is not known; its site has a limit"
         )
     if limit is not None and (spent := after.epsilon(last.data, limit[1])) > limit[0]:
         raise BudgetError(

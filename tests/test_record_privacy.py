@@ -417,6 +417,18 @@ def test_a_site_stops_before_its_limit(tmp_path: Path) -> None:
     charge(ledgers, "c", replace(release, data="other records"), rounds=9, limit=(2.0, 1e-5))
 
 
+def test_other_units_of_the_same_records_do_not_add_up(tmp_path: Path) -> None:
+    ledgers, limit = OnDiskLedgers(tmp_path), (50.0, 1e-5)
+    charge(ledgers, "c", FIRST, rounds=9, limit=limit)
+    patients = replace(FIRST, unit="all records of a client of one patient", round=1)
+    with pytest.raises(BudgetError, match="with another unit"):
+        charge(ledgers, "c", patients, rounds=9, limit=limit)
+    charge(ledgers, "c", patients, rounds=9)  # without a limit nobody has asked for the sum
+    told = list(spent(tmp_path, 1e-5))
+    assert [line["unit"] for line in told] == [patients.unit, "record"]
+    assert told[0]["epsilon"] == told[1]["epsilon"] < ledgers.read("c").epsilon("data", 1e-5)
+
+
 def test_a_site_with_a_limit_takes_no_plan_that_hides_nothing(bert: Path, site: Site) -> None:
     plan = private(bert, privacy="none")
     purse = Purse(InProcessLedgers(), (3.0, 1e-5))

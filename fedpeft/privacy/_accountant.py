@@ -151,7 +151,7 @@ def _one_round_s_rdp(sampling: Sampling, noise_multiplier: float) -> tuple[Any, 
     return found.orders, found.rdp
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def calibrated(sampling: Sampling, target: float, rounds: int, delta: float) -> float:
     """Return the least noise multiplier, up to four digits, whose epsilon is at most ``target``.
 
