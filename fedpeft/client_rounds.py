@@ -236,7 +236,9 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: Trained)
         memory = memory.after(got.acknowledged, round, news, once=_TRAINED)
     expected = site.tables.of(client, round).uplink.expected(up)
     return Played(
-        client, body(sections, expected).seal(_told_back(plan, got, own) | inside), memory
+        client,
+        body(sections, expected).seal(_told_back(got, own, plan.privacy.hides) | inside),
+        memory,
     )
 
 
@@ -270,7 +272,7 @@ def _encoded(
     return sections, arrived, still_owed(owing, got.owed, given, arrived, whole)
 
 
-def _told_back(plan: Plan, got: Received, own: Trained) -> dict[str, Scalar]:
+def _told_back(got: Received, own: Trained, hides: bool) -> dict[str, Scalar]:
     """Return what a reply says of the work; where records are hidden nothing depends on them."""
     found: dict[str, Scalar] = {
         "run": got.told.get("run", ""),
@@ -279,7 +281,7 @@ def _told_back(plan: Plan, got: Received, own: Trained) -> dict[str, Scalar]:
         "lr_sum": own.lr_sum,
         "seen": own.seen,
     }
-    return found if plan.privacy.hides else {**found, "loss": own.loss}
+    return found if hides else {**found, "loss": own.loss}
 
 
 def _answered(plan: Plan, site: Client, asked: Asked) -> Played:

@@ -124,7 +124,8 @@ def one_round(run: Run, at: Checkpoint) -> Checkpoint:
         run.watch.warn(problem)  # to stop here would tell of clients: what is released is noise
     line = _line(run, course, report, sent, weights)
     line |= spent(plan, len(population), state)
-    line |= hiding.spent(plan, run.site.federation.counted, state.round + 1)
+    if plan.privacy.hides:
+        line |= hiding.spent(plan, run.site.federation.counted, state.round + 1)
     line |= {"reachable": len(reachable), "participants": len(after.acks)}
     line |= {"converted": conversion.count} if isinstance(plan.schedule, Converting) else {}
     line["server_seconds"] = round(time.perf_counter() - began - sent.waited, 3)

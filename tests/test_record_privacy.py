@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from fedpeft import Plan, hiding, simulate
 from fedpeft.cli import app
 from fedpeft.client_rounds import Asked, client_round, group_round
+from fedpeft.durable import MOMENTS
 from fedpeft.engine._player import Player
 from fedpeft.engine.inline import Inline
 from fedpeft.engine.processes import Processes
@@ -543,7 +544,11 @@ def runs(bert: Path) -> Iterator[Runs]:
 
 
 @pytest.mark.parametrize(
-    "fault", ["spending.half:2", "spending.settled:5", "memory.half:4", "checkpoint.half:3"]
+    "fault",
+    [
+        *(f"spending.{moment}:{1 + n}" for n, moment in enumerate(MOMENTS)),
+        *("memory.half:4", "checkpoint.half:3"),
+    ],
 )
 def test_a_secret_run_goes_on_after_a_kill_with_the_same_release(
     runs: Runs, tmp_path: Path, fault: str
