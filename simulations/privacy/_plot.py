@@ -8,7 +8,7 @@ from typing import Any
 
 from simulations._study.store import Store
 from simulations.privacy._pieces import Piece
-from simulations.privacy._plans import BUDGETS, LEVELS, METHODS, Level, Scale
+from simulations.privacy._plans import BUDGETS, LEVELS, Level, Scale
 
 COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2")
 """Okabe and Ito's."""
@@ -34,13 +34,13 @@ def draw(store: Store, scale: Scale, path: Path) -> None:
 def _panel(axes: Any, store: Store, scale: Scale, level: Level) -> None:
     """Draw one level; methods are set a little apart, so that ranges can be told."""
     order = sorted(BUDGETS, key=lambda budget: BUDGETS[budget] or float("inf"))
-    for number, method in enumerate(METHODS):
+    for number, method in enumerate(level.methods):
         found = []
         for place, budget in enumerate(order):
             runs = store.scored(Piece(level, method, budget, scale=scale))
             values = [100 * run["metrics"]["test/accuracy"] for run in runs]
             if values:
-                at = place + 0.08 * (number - (len(METHODS) - 1) / 2)
+                at = place + 0.08 * (number - (len(level.methods) - 1) / 2)
                 found.append((at, statistics.fmean(values)))
                 axes.plot([at] * 2, [min(values), max(values)], color=COLOURS[number], alpha=0.5)
         if found:

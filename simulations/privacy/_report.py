@@ -11,14 +11,15 @@ from simulations._study.store import Run, Store
 from simulations._study.summary import spread
 from simulations.privacy import _plans, _plot
 from simulations.privacy._pieces import Piece
-from simulations.privacy._plans import BASELINE, BUDGETS, GRID, LEVELS, METHODS, Level, Scale
+from simulations.privacy._plans import BASELINE, BUDGETS, LEVELS, Level, Scale
 
 _NOTES = """\
 SST-2 with MiniLM, {rounds} rounds; accuracy in % on the test rows, mean over seeds ± their standard
 deviation. Difference: to `{base}` at the same epsilon, paired over seeds, with a 95 % t interval
-that is not corrected for there being many. Rate and clip: the best of {points} on the dev rows
-with seed {seed}, the same for all; † marks an end of these. Noise: its norm in the mean update, in
-clips; values: what travels, and gets noise. Epsilon: spent by PLD at delta 1e-5, and by RDP.
+that is not corrected for there being many. Rate and clip: the best of a grid on the dev rows
+with seed {seed}, the same for all methods; † marks an end of it. Noise: its norm in clips, of users
+in the mean update, of records in the mean gradient of all steps; values: what gets noise.
+Epsilon: spent by PLD at delta 1e-5, and by RDP.
 """
 _HEAD = (
     "| method | rate | clip | test | difference | interval | verdict | values | noise | epsilon "
@@ -36,11 +37,11 @@ def write(store: Store, scale: Scale = _plans.FULL) -> str:
 
 def _text(store: Store, scale: Scale) -> Iterator[str]:
     yield "# Accuracy against epsilon\n"
-    grid = [GRID[point] for point in scale.points]
-    tried = ", ".join(f"{rate:g} and {clip:g}" for rate, clip in grid)
-    yield _NOTES.format(rounds=scale.rounds, base=BASELINE.name, points=tried, seed=scale.seeds[0])
+    yield _NOTES.format(rounds=scale.rounds, base=BASELINE.name, seed=scale.seeds[0])
     for level in LEVELS:
         yield f"## {level.title[0].upper()}{level.title[1:]}\n"
+        grid = [level.grid[sorted(level.grid)[place]] for place in scale.places]
+        yield f"Rates and clips: {', '.join(f'{rate:g} and {clip:g}' for rate, clip in grid)}.\n"
         for budget, epsilon in sorted(BUDGETS.items(), key=lambda one: -(one[1] or math.inf)):
             yield "### " + ("No promise" if epsilon is None else f"Epsilon {epsilon:g}") + "\n"
             yield _HEAD
@@ -51,7 +52,7 @@ def _text(store: Store, scale: Scale) -> Iterator[str]:
 
 def _rows(store: Store, level: Level, budget: str, scale: Scale) -> Iterator[str]:
     base = store.best(Piece(level, BASELINE, budget, scale=scale))
-    for method in METHODS:
+    for method in level.methods:
         piece = Piece(level, method, budget, scale=scale)
         yield _row(store, piece, store.scored(piece), base)
 

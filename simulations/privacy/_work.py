@@ -22,10 +22,15 @@ def play(given: Mapping[str, Any], point: float, seed: int) -> Run:
 
     plan = _plans.plan_of(given, point, seed)
     run = runs.play(plan, point, _plans.GROUP, spent)
-    run["rate"], run["clip"] = _plans.GRID[point]
-    if told := preview(plan).get("privacy"):
+    run["rate"], run["clip"] = _plans.POINTS[point]
+    told = preview(plan)
+    if promise := told["privacy"]:
         names = ("noise_multiplier", "noise_norm", "travelling")
-        run |= {name: told[name] for name in names if name in told}
+        run |= {name: promise[name] for name in names}
+    if hidden := told["hiding"]:
+        run |= {"noise_multiplier": hidden["noise_multiplier"]}
+        run |= {"noise_norm": hidden["noise_norm_all"], "epsilon_rdp": hidden["epsilon_rdp"]}
+        run |= {"travelling": told["parameters"]["trained"]}
     if "score='dev'" in given["data"] and "metrics" in run:
         tested = {k: v for k, v in run["metrics"].items() if k.startswith("test/")}
         run["metrics"] = {"held" + k.removeprefix("test"): v for k, v in tested.items()}
@@ -34,4 +39,5 @@ def play(given: Mapping[str, Any], point: float, seed: int) -> Run:
 
 def spent(history: Sequence[Line]) -> dict[str, Any]:
     """Return the budget that was spent."""
-    return {k: history[-1][k] for k in ("epsilon", "epsilon_rdp") if k in history[-1]}
+    names = {"epsilon": "epsilon", "epsilon_rdp": "epsilon_rdp", "epsilon_record": "epsilon"}
+    return {told: history[-1][k] for k, told in names.items() if k in history[-1]}
