@@ -53,10 +53,7 @@ class Purse:
 
 
 def stepping_of(plan: Plan, units: int) -> Stepping | None:
-    """Return how a client of so many units hides them; ``None`` where it does not.
-
-    Raises ``PlanError`` where no noise keeps the promise.
-    """
+    """Return how a client of so many units hides them; ``None`` where it does not."""
     if not plan.privacy.hides:
         return None
     return plan.privacy.stepping(units, plan.trainer.budget(units), plan.rounds)
@@ -160,10 +157,7 @@ def _holder(site: Client) -> Holder:
 
 
 def worst(plan: Plan, units: Population) -> Stepping | None:
-    """Return the steps of the client that has spent most when the plan is over.
-
-    Raises ``PlanError`` where no noise keeps the promise.
-    """
+    """Return the steps of the client that has spent most when the plan is over."""
     sizes = sorted(set(units.values()))
     steps = [found for n in sizes if (found := stepping_of(plan, n)) is not None]
     return max(steps, key=lambda step: step.heaviness, default=None)

@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fedpeft.errors import PlanError
 from fedpeft.plan import Plan
-from fedpeft.rng import derive
+from fedpeft.rng import derive, keyed
 from fedpeft.tables import Tables
 from fedpeft.tensors import padded
-from fedpeft.types import Population, Rng, Sampled, Sent, Shapes, Update
+from fedpeft.types import Population, Sampled, Sent, Shapes, Update
 
 if TYPE_CHECKING:
     from fedpeft.privacy._mechanism import Mechanism
@@ -76,7 +74,7 @@ def chooser(
     """
     if not is_guarded(plan):
         return lambda names: plan.cohort.choose(names, derive(plan.seed, state.round, "cohort"))
-    chosen = frozenset(plan.cohort.choose(population, _generator(state.coins.key)))
+    chosen = frozenset(plan.cohort.choose(population, keyed(state.coins.key)))
     return lambda names: [name for name in names if name in chosen]
 
 
@@ -166,8 +164,3 @@ def _may_come(tables: Tables, round: int, population: Population) -> Shapes:
         name: tuple(max(sizes) for sizes in zip(*(up[name] for up in ups), strict=True))
         for name in tables.up(round)["adapter"]
     }
-
-
-def _generator(key: bytes) -> Rng:
-    """Return the generator of a cohort: a counter under 128 bits of the secret."""
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))

@@ -33,6 +33,11 @@ def counted(key: int, stream: int = 0) -> np.random.Philox:
     return np.random.Philox(key=key, counter=stream << 192)
 
 
+def keyed(key: bytes) -> np.random.Generator:
+    """Return the generator of a secret ``key``: a counter under the first 128 bits of it."""
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
+
+
 def halves(words: NDArray[np.uint64]) -> NDArray[np.uint32]:
     """Return the two halves of each raw word, the lower first, on every machine."""
     return words.astype("<u8", copy=False).view("<u4").astype(np.uint32, copy=False)

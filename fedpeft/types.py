@@ -917,7 +917,7 @@ class Privacy(Protocol):
         """Return how a client of so many ``units`` hides them; ``None`` where it does not.
 
         ``work`` are the steps of a round and the units seen in it (``Trainer.budget``), ``rounds``
-        those of the plan. Raises ``PlanError`` where no noise keeps the promise.
+        those of the plan. Its noise may still have to be worked out.
         """
         return None
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
+_FINER = 20
 _CHUNK = 1 << 16
 """Variates per call of the hash: a megabyte of its output."""
+
+
+def grid(deviation: float) -> float:
+    """Return the step to which noise of this standard deviation and what it hides are rounded.
+
+    It is a power of two, a part in 2^20 of the deviation or up to half of that.
+    """
+    return 2.0 ** (math.floor(math.log2(deviation)) - _FINER)
 
 
 def normals(key: bytes, purpose: str, count: int) -> NDArray[np.float64]:

@@ -11,12 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.privacy import _accountant
-from fedpeft.privacy._gaussian import normals
+from fedpeft.privacy._gaussian import grid, normals
 from fedpeft.tensors import narrowed, norm, size
 from fedpeft.types import Sampling, Shapes, Update
 
-_FINER = 20
-"""The grid's step is the noise's standard deviation over 2 to this, and at most twice that."""
 _WITHIN = 1 - 2.0**-40
 """Updates are clipped to this much of the clip, so that rounding leads none beyond it."""
 _DRIFT = 2.0**40
@@ -103,7 +101,7 @@ class Mechanism:
         no norm grows, and the noise by rounding, which is rounding the noised sum.
         """
         deviation = self.deviation * clip
-        step = 2.0 ** (math.floor(math.log2(deviation)) - _FINER)
+        step = grid(deviation)
         total = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
         halves = 0
         for update in updates:

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.privacy import _accountant
-from fedpeft.privacy._gaussian import normals
+from fedpeft.privacy._gaussian import grid, normals
+from fedpeft.rng import keyed
 from fedpeft.types import Sampling
 
-_FINER = 20
-"""The grid's step is the noise's standard deviation over 2 to this, and at most twice that."""
 _WITHIN = 1 - 2.0**-40
 """Gradients are clipped to this much of the clip, so that rounding leads none beyond it."""
 Rows = NDArray[np.int64]
@@ -103,7 +102,7 @@ class Stepping:
 
         ``members`` are the rows of each unit.
         """
-        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
+        rng = keyed(key)
         batches = []
         for _ in range(self.steps):
             chosen = np.flatnonzero(rng.random(self.units) < self.rate)
@@ -155,17 +154,15 @@ class Hidden:
         Sums and noise are rounded to a grid together, which is rounding the noised sum.
         """
         deviation = self.noise_multiplier * self.clip
-        grid = 2.0 ** (math.floor(math.log2(deviation)) - _FINER)
+        step_size = grid(deviation)
         count = sum(value.size for value in sums.values())
         noise = normals(derived(self.key, f"step {step}"), "sum", count)
         noise *= deviation
         found, at = dict[str, NDArray[np.float64]](), 0
         for name, value in sums.items():
             part = noise[at : at + value.size].reshape(value.shape)
-            found[name], at = (
-                np.rint((value + part) / grid) * (grid / self.expected),
-                at + part.size,
-            )
+            found[name] = np.rint((value + part) / step_size) * (step_size / self.expected)
+            at += part.size
         return found
 
 
