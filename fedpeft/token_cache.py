@@ -10,11 +10,12 @@ written the arrays stay in memory.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from math import prod
@@ -68,17 +69,23 @@ def key_of(plan: Plan, data: str, classes: Sequence[str], limit: int) -> str | N
 def cached(key: str | None, make: Callable[[], Tokenised]) -> Tokenised:
     """Return what is kept under ``key``, else what ``make`` returns, and keep that if possible.
 
-    Raises what ``make`` raises and nothing else.
+    Of several processes that want the same, one makes it and the others wait for it. Raises what
+    ``make`` raises and nothing else.
     """
     folder = _folder() / key if key else None
-    if folder and (found := _open(folder, whole=True)):
+    if folder is None:
+        return make()
+    if found := _open(folder, whole=True):
         return found
-    made = make()
-    packed = {k: tokens for k, tokens in made.items() if isinstance(tokens, Tokens)}
-    if folder and len(packed) == len(made):
-        with contextlib.suppress(OSError):
-            return _keep(folder, packed) or made
-    return made
+    with _alone(folder):
+        if found := _open(folder, whole=True):
+            return found
+        made = make()
+        packed = {k: tokens for k, tokens in made.items() if isinstance(tokens, Tokens)}
+        if len(packed) == len(made):
+            with contextlib.suppress(OSError):
+                return _keep(folder, packed) or made
+        return made
 
 
 def is_ours(part: Any) -> bool:
@@ -177,6 +184,18 @@ def _again(folder: Path, split: str) -> Tokens:
     if found is None:
         raise RunError(f"{folder}: removed or damaged while a run used it; start the run again")
     return found[split]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process makes this entry; do not where there can be no lock."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            locks = folder.parent.with_name("locks")
+            locks.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = held.enter_context((locks / folder.name).open("ab"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _keep(folder: Path, made: Mapping[str, Tokens]) -> dict[str, Tokens] | None:

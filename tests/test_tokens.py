@@ -370,7 +370,14 @@ def test_a_full_disk_leaves_nothing_behind(folder: Path, monkeypatch: pytest.Mon
     assert list(folder.iterdir()) == []
 
 
-def test_who_comes_second_takes_what_the_first_has_kept(folder: Path) -> None:
+def test_who_comes_second_takes_what_the_first_has_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: int) -> None:
+        raise OSError("no locks on this file system")
+
+    monkeypatch.setattr("fcntl.flock", fails)
+
     def overtaken() -> Tokenised:
         cached("key", made)
         return made()
@@ -424,6 +431,30 @@ def test_processes_may_write_at_once(folder: Path) -> None:
         process.stdin.flush()
     assert [process.communicate(timeout=60)[1] for process in both] == ["", ""]
     assert sorted(p.name for p in folder.iterdir()) == sorted(f"key-{i}" for i in range(50))
+
+
+WAITS = """
+import pathlib, sys, time
+from tests.test_tokens import made
+from fedpeft.token_cache import cached
+
+def slowly():
+    with pathlib.Path(sys.argv[1]).open("a") as file:
+        file.write("made ")
+    time.sleep(1)
+    return made()
+
+cached("key", slowly)
+"""
+
+
+def test_of_several_processes_one_makes_it(folder: Path, tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    command = [sys.executable, "-c", WAITS, str(count)]
+    both = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert count.read_text() == "made "
+    assert [p.name for p in folder.iterdir()] == ["key"]
 
 
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

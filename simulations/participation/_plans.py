@@ -100,19 +100,15 @@ FIRST = tuple(
 ALWAYS = tuple(Setting(data, clients) for data in TITLES for clients in (250, 100))
 LORA = Setting("ag_news", 100, "bernoulli", "labels", lora=True)
 LORA_METHODS = ("mean", "fedau_50", "scaffold_m")
-SETTINGS = (
-    *FIRST,
-    *ALWAYS,
-    *(
-        Setting(data, clients, model, rates)
-        for rates in ("labels", "shuffled")
-        for clients in (250, 100)
-        for data in TITLES
-        for model in ("bernoulli", "markov", "cyclic")
-        if (clients, model) != (250, "bernoulli")
-    ),
-    LORA,
+OTHERS = tuple(
+    Setting(data, clients, model, "labels")
+    for clients in (250, 100)
+    for data in TITLES
+    for model in ("bernoulli", "markov", "cyclic")
+    if (clients, model) != (250, "bernoulli")
 )
+"""Settings in which the main methods are run."""
+SETTINGS = (*FIRST[:3], *OTHERS, LORA, *FIRST[3:], *ALWAYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +131,16 @@ class Scale:
 FULL = Scale()
 FULL_LORA = Scale(440, 110, 2, 24, (0.1, 0.3, 1.0, 3.0), SEEDS[:3], test=1000, batch=4)
 """About 32,000 records trained on: 10 clients in a round, with 8 records or fewer each."""
+FULL_OTHERS = Scale(rates=RATES[1:])
+"""The least rate was best for no main method in any of the first settings."""
 QUICK = Scale(4, 2, 1, 8, (10.0,), SEEDS[:2], 500)
 
 
 def scaled(setting: Setting, scale: Scale) -> Scale:
     """Return how large the runs of a setting are where those of the linear probe are ``scale``."""
-    return FULL_LORA if setting.lora and scale == FULL else scale
+    if scale != FULL or not (setting.lora or setting in OTHERS):
+        return scale
+    return FULL_LORA if setting.lora else FULL_OTHERS
 
 
 def methods(setting: Setting) -> tuple[Method, ...]:

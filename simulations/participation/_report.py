@@ -62,13 +62,16 @@ def _text(store: Store, scale: Scale, settings: Sequence[Setting]) -> Iterator[s
         seed=own.seeds[0],
     )
     for setting in settings:
-        pieces = [Piece(setting, method.name, own) for method in _plans.methods(setting)]
+        here = _plans.scaled(setting, scale)
+        pieces = [Piece(setting, method.name, here) for method in _plans.methods(setting)]
         found = {piece: store.scored(piece) for piece in pieces}
         yield f"## {setting.title}\n"
+        if here.rates != own.rates:
+            yield f"Rates here: {', '.join(f'{lr:g}' for lr in here.rates)}.\n"
         yield from _facts(setting, [run for runs in found.values() for run in runs])
         yield _HEAD
         yield "|---" * (_HEAD.count("|") - 1) + "|"
-        base = store.best(Piece(setting, BASELINE.name, own))
+        base = store.best(Piece(setting, BASELINE.name, here))
         for piece, runs in found.items():
             yield _row(store, piece, runs, base)
         yield ""
