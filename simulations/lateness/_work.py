@@ -23,7 +23,8 @@ def play(given: Mapping[str, Any], lr: float, seed: int) -> Run:
     """Run the plan of ``given`` lines."""
     from simulations._study import runs  # torch takes seconds to import
 
-    return runs.play(_pieces.plan_of(given, lr, seed), lr, _pieces.GROUP, timed)
+    plan = _pieces.plan_of(given, lr, seed)
+    return runs.play(plan, lr, _pieces.GROUP, lambda done: timed(done.history))
 
 
 def timed(history: Sequence[Line]) -> Mapping[str, Any]:

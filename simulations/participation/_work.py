@@ -22,7 +22,7 @@ def play(given: Mapping[str, Any], lr: float, seed: int) -> Run:
     from simulations._study import runs  # torch takes seconds to import
 
     plan = _plans.plan_of(given, lr, seed)
-    run = runs.play(plan, lr, _plans.GROUP, course)
+    run = runs.play(plan, lr, _plans.GROUP, lambda done: course(done.history))
     memory = preview(plan)["memory"]
     run["server_bytes"] = memory["server_state_bytes"] + memory["last_updates_bytes"]
     return run

@@ -1,4 +1,4 @@
-"""Pieces: a method and a budget; one that tries rates and clips, and one with all seeds."""
+"""Pieces: a method at a budget."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A level, a method and a budget, scored on the ``dev`` or the ``test`` rows."""
+    """A level, a method and a budget."""
 
     level: Level
     method: Method
     budget: str
-    score: str = "test"
     scale: Scale = FULL
 
     def __hash__(self) -> int:
@@ -29,13 +28,12 @@ class Piece:
     @property
     def name(self) -> str:
         """Return the name, which is also that of the results file."""
-        tried = "" if self.score == "test" else "_tried"
-        return f"{self.level.name}_{self.budget}_{self.method.name}{tried}"
+        return f"{self.level.name}_{self.budget}_{self.method.name}"
 
     @property
     def settings(self) -> dict[str, Any]:
         """Return its plan lines."""
-        return _plans.lines(self.level, self.method, self.budget, self.score, self.scale)
+        return _plans.lines(self.level, self.method, self.budget, self.scale)
 
     @property
     def lacks(self) -> str:
@@ -44,31 +42,30 @@ class Piece:
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Return the numbers of rates and clips that are tried, on the dev rows alone."""
-        return _plans.points(self.level, self.budget, self.scale) if self.score == "dev" else ()
+        """Return the numbers of the rates and clips that are tried."""
+        return _plans.points(self.level, self.budget, self.scale)
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Return the seeds; to try takes one."""
-        return self.scale.seeds if self.score == "test" else self.scale.seeds[:1]
+        """Return the seeds."""
+        return self.scale.seeds
 
     @property
     def chooser(self) -> Piece:
-        """Return the piece that is scored on the dev rows."""
-        return Piece(self.level, self.method, self.budget, "dev", self.scale)
+        """Return itself."""
+        return self
 
     @property
     def stage(self) -> int:
-        """Return that of the budget: first what tries rates and clips, then what has all seeds."""
-        return 2 * list(BUDGETS).index(self.budget) + (self.score == "test")
+        """Return that of the budget, level by level."""
+        return len(BUDGETS) * LEVELS.index(self.level) + list(BUDGETS).index(self.budget)
 
 
 def pieces(scale: Scale = FULL) -> list[Piece]:
     """Return all pieces in the order in which they run."""
     return [
-        Piece(level, method, budget, score, scale)
+        Piece(level, method, budget, scale)
         for level in LEVELS
         for budget in BUDGETS
-        for score in ("dev", "test")
         for method in level.methods
     ]

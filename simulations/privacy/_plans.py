@@ -122,9 +122,7 @@ FULL = Scale()
 QUICK = Scale(2, 12, (2,), SEEDS[:2], 60, 40)
 
 
-def lines(
-    level: Level, method: Method, budget: str, score: str, scale: Scale = FULL
-) -> dict[str, Any]:
+def lines(level: Level, method: Method, budget: str, scale: Scale = FULL) -> dict[str, Any]:
     """Return the plan lines of a method's runs, all but rate, clip and seed."""
     clients = min(scale.clients or level.clients, level.clients)
     records = level.records * clients // level.clients
@@ -135,7 +133,7 @@ def lines(
         "model": "minilm",
         "precision": "bfloat16",
         "task": f"classify(max_length={scale.length})",
-        "data": f"simulations.privacy._data:Users(records={records}, score={score!r}{some})",
+        "data": f"simulations.privacy._data:Users(records={records}{some})",
         "partition": "iid",
         "clients": clients,
         "holdout": 0.0,

@@ -37,7 +37,7 @@ def _panel(axes: Any, store: Store, scale: Scale, level: Level) -> None:
     for number, method in enumerate(level.methods):
         found = []
         for place, budget in enumerate(order):
-            runs = store.scored(Piece(level, method, budget, scale=scale))
+            runs = store.scored(Piece(level, method, budget, scale))
             values = [100 * run["metrics"]["test/accuracy"] for run in runs]
             if values:
                 at = place + 0.08 * (number - (len(level.methods) - 1) / 2)

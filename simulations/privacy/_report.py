@@ -51,9 +51,9 @@ def _text(store: Store, scale: Scale) -> Iterator[str]:
 
 
 def _rows(store: Store, level: Level, budget: str, scale: Scale) -> Iterator[str]:
-    base = store.best(Piece(level, BASELINE, budget, scale=scale))
+    base = store.best(Piece(level, BASELINE, budget, scale))
     for method in level.methods:
-        piece = Piece(level, method, budget, scale=scale)
+        piece = Piece(level, method, budget, scale)
         yield _row(store, piece, store.scored(piece), base)
 
 

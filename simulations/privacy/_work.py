@@ -5,23 +5,25 @@ Not in ``__main__``: processes that are spawned cannot import a package's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from simulations._study.store import Run
 from simulations.privacy import _plans
 
 if TYPE_CHECKING:
-    from fedpeft.watching import Line
+    from fedpeft.driver import Result
 
 
 def play(given: Mapping[str, Any], point: float, seed: int) -> Run:
-    """Run the plan of ``given`` lines; what is scored on dev rows counts as held out."""
+    """Run the plan of ``given`` lines."""
     from fedpeft.preview import preview
     from simulations._study import runs  # torch takes seconds to import
 
     plan = _plans.plan_of(given, point, seed)
-    run = runs.play(plan, point, _plans.GROUP, spent)
+    run = runs.play(plan, point, _plans.GROUP, kept)
     run["rate"], run["clip"] = _plans.POINTS[point]
     told = preview(plan)
     if promise := told["privacy"]:
@@ -31,13 +33,25 @@ def play(given: Mapping[str, Any], point: float, seed: int) -> Run:
         run |= {"noise_multiplier": hidden["noise_multiplier"]}
         run |= {"noise_norm": hidden["noise_norm_all"], "epsilon_rdp": hidden["epsilon_rdp"]}
         run |= {"travelling": told["parameters"]["trained"]}
-    if "score='dev'" in given["data"] and "metrics" in run:
-        tested = {k: v for k, v in run["metrics"].items() if k.startswith("test/")}
-        run["metrics"] = {"held" + k.removeprefix("test"): v for k, v in tested.items()}
+    if "metrics" in run:
+        run["metrics"] |= run.pop("held")
     return run
 
 
-def spent(history: Sequence[Line]) -> dict[str, Any]:
-    """Return the budget that was spent."""
+def kept(done: Result) -> dict[str, Any]:
+    """Return the budget that was spent, and as ``held`` how the dev rows are scored."""
     names = {"epsilon": "epsilon", "epsilon_rdp": "epsilon_rdp", "epsilon_record": "epsilon"}
-    return {told: history[-1][k] for k, told in names.items() if k in history[-1]}
+    last = done.history[-1]
+    return {told: last[k] for k, told in names.items() if k in last} | {"held": _held(done)}
+
+
+def _held(done: Result) -> dict[str, float]:
+    """Return the metrics of a run's adapter on the dev rows, which choose its rate and clip."""
+    from fedpeft.federation import deal
+    from fedpeft.site import Site
+
+    users: Any = done.plan.data
+    plan = replace(done.plan, data=replace(users, score="dev"))
+    with contextlib.closing(Site(plan, deal(plan))) as site:
+        (found,) = site.learner.evaluate([done.tensors], [site.test()])
+    return {f"held/{k}": round(v, 6) for k, v in sorted(found.items())}
