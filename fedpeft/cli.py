@@ -212,6 +212,27 @@ def spent(
 
 
 @app.command()
+def warm(
+    folder: Annotated[
+        Path | None, typer.Option(help="of its socket [default: $FEDPEFT_WARM]")
+    ] = None,
+    idle: Annotated[float, typer.Option(min=1, help="seconds until it gives the base back")] = 1800,
+    state: Annotated[bool, typer.Option("--state", help="say how the one that runs is")] = False,
+) -> None:
+    """Keep a Flower node's base loaded: what its messages ask for is done in this process."""
+    from fedpeft.warm.channel import Warm
+    from fedpeft.warm.channel import folder as usual
+
+    if state:
+        for name, value in Warm(folder, wait=0).state().items():
+            typer.echo(f"{name}: {value}")
+        return
+    from fedpeft.warm.service import serve
+
+    serve(folder or usual(), idle)
+
+
+@app.command()
 def parts(
     family: Annotated[str | None, typer.Argument(help="a family, such as aggregators")] = None,
     name: Annotated[str | None, typer.Argument(help="one of its methods")] = None,

@@ -83,6 +83,5 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr("fedpeft.site.load_base", _base.load_base.__wrapped__)
     monkeypatch.setattr("fedpeft.flower_grid._SLEEP", (0.0, 0.001))
     yield
-    client.app._sites.clear()
-    client.app._deal.cache_clear()
+    client.app.forget()
     torch.set_num_threads(threads)

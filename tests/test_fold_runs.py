@@ -60,8 +60,7 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def forget() -> None:
     """Have the client's process forget all that is not on disk."""
-    client.app._sites.clear()
-    client.app._deal.cache_clear()
+    client.app.forget()
 
 
 def same(one: Tensors, other: Tensors) -> bool:

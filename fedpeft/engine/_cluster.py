@@ -54,7 +54,7 @@ def _resolved(address: str, refusal: str) -> str:
 
 def _await(address: str, refusal: str) -> None:
     """Raise ``RunError`` unless a server of gRPC answers. Ray itself would wait for minutes."""
-    import grpc  # type: ignore[import-untyped]
+    import grpc
 
     host, _, port = address.rpartition(":")
     try:

@@ -1,0 +1,1 @@
+"""The warm trainer: a process that plays a node's clients and keeps the base loaded."""
