@@ -48,7 +48,7 @@ class Failing(Trainer):
             elif self.how == "refuse":
                 raise PlanError("trainer: will not", "trainer: cannot")
             else:
-                time.sleep(60)
+                time.sleep(100_000)
         return _PLAIN.fit(job)
 
     def budget(self, records: int) -> tuple[int, int]:

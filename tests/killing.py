@@ -22,6 +22,7 @@ from fedpeft.errors import FedPeftError
 from fedpeft.types import Tensors
 from fedpeft.watching import Line, Quiet
 from tests.tiny import support_plan
+from tests.waiting import HANGS
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = {
@@ -35,8 +36,6 @@ LINES = {
     "rounds": 3,
 }
 """A plan that writes every kind of file, and clients that are not in every cohort."""
-SECONDS = 120
-"""No run takes as long; a child that hangs is ended by SIGALRM."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ class Runs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate(timeout=SECONDS)
+        self._process.communicate(timeout=HANGS)
 
     def __call__(
         self,
@@ -149,7 +148,7 @@ def digest(tensors: Tensors) -> str:
 
 
 def child(model: Path, asked: dict[str, Any], pipe: int) -> NoReturn:
-    signal.alarm(SECONDS)
+    signal.alarm(HANGS)
     try:
         told = json.dumps(run(model, asked)).encode()
     except BaseException as error:

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from fedpeft.driver import simulate
 from fedpeft.flower_config import as_toml
 from tests.tiny import support_plan, tiny_bert
+from tests.waiting import HANGS, wait_until
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,12 +43,11 @@ def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
     finally:
         for pid in _pids(ports[0]):
             os.kill(pid, signal.SIGTERM)
-        until = time.monotonic() + 30
-        while _pids(ports[0]) and time.monotonic() < until:
-            time.sleep(0.1)
+        wait_until(lambda: not _pids(ports[0]))
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_flwr_run_and_simulation_agree_bit_for_bit(tmp_path: Path, flower: dict[str, str]) -> None:
     bert = tiny_bert(tmp_path / "tiny" / "bert")
     sgd = "plain(optimizer='sgd', lr=0.1, steps=2, batch=4)"
@@ -63,7 +62,7 @@ def test_flwr_run_and_simulation_agree_bit_for_bit(tmp_path: Path, flower: dict[
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANGS,
         check=False,
     )
     said = done.stdout + done.stderr

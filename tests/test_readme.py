@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import yaml
 from fedpeft import Plan
 from fedpeft.cli import app
 from tests.tiny import support_lines
+from tests.waiting import HANGS, wait_until
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,19 +83,15 @@ def test_interrupt_says_how_to_go_on(bert: Path, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(lines))
     command = [sys.executable, "-m", "fedpeft", "run", str(path), "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    ledger, until = out / "rounds.jsonl", time.monotonic() + 120
-    while not (ledger.exists() and ledger.read_text().count("\n") > 2):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    ledger = out / "rounds.jsonl"
+    wait_until(lambda: ledger.exists() and ledger.read_text().count("\n") > 2)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 130
     assert "--resume goes on" in output
     assert "Traceback" not in output
     done = ledger.read_text().count("\n")
     again = subprocess.Popen([*command, "--resume"], stdout=subprocess.PIPE, text=True)
-    while ledger.read_text().count("\n") <= done:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_until(lambda: ledger.read_text().count("\n") > done)
     again.kill()
     again.communicate()

@@ -24,6 +24,7 @@ from simulations._study import command, interval, runs, summary
 from simulations._study import store as stores
 from simulations._study.clock import Clock
 from tests.tiny import support_plan
+from tests.waiting import HANGS
 
 
 @pytest.mark.parametrize(
@@ -216,11 +217,11 @@ def test_the_processes_of_a_command_that_is_killed_end_too(tmp_path: Path) -> No
         "if __name__ == '__main__':\n"
         "    pool = ProcessPoolExecutor(1, get_context('spawn'), follow)\n"
         "    print(pool.submit(os.getppid).result() == os.getpid(), flush=True)\n"
-        "    pool.submit(time.sleep, 600)\n"
+        "    pool.submit(time.sleep, 100_000)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     line = [sys.executable, str(program)]
     # it returns when the last process that holds the pipe has ended
-    done = subprocess.run(line, capture_output=True, text=True, env=env, timeout=120, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, env=env, timeout=HANGS, check=False)
     assert (done.stdout, done.returncode) == ("True\n", -signal.SIGKILL)

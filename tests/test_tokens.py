@@ -30,6 +30,7 @@ from fedpeft.token_cache import Tokenised, cached, key_of
 from fedpeft.tokens import Tokens, pack
 from fedpeft.types import Example
 from tests.tiny import support_lines, support_plan
+from tests.waiting import HANGS
 
 ROOT = Path(__file__).parents[1]
 RECORDS = 20
@@ -429,7 +430,7 @@ def test_processes_may_write_at_once(folder: Path) -> None:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    assert [process.communicate(timeout=60)[1] for process in both] == ["", ""]
+    assert [process.communicate(timeout=HANGS)[1] for process in both] == ["", ""]
     assert sorted(p.name for p in folder.iterdir()) == sorted(f"key-{i}" for i in range(50))
 
 
@@ -452,7 +453,7 @@ def test_of_several_processes_one_makes_it(folder: Path, tmp_path: Path) -> None
     count = tmp_path / "count"
     command = [sys.executable, "-c", WAITS, str(count)]
     both = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
-    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert [process.wait(timeout=HANGS) for process in both] == [0, 0]
     assert count.read_text() == "made "
     assert [p.name for p in folder.iterdir()] == ["key"]
 
