@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: make quickstart, make test.
 PYTHON ?= python3
 BIN := .venv/bin
-# Processes of the fast tests, one thread each; make test WORKERS=0 runs them in turn, in one.
+# Processes of the tests, one thread each; make test WORKERS=0 runs them in turn, in one.
 WORKERS ?= 2
 READY := .venv/.ready
 
@@ -14,7 +14,8 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -m alone
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -29,6 +29,8 @@ from tests.test_resume import Whole, check_same, killed
 from tests.tiny import support_lines, support_plan
 
 __all__ = ["fedpeft"]
+pytestmark = pytest.mark.xdist_group("fold_runs")
+"""One process has the runs that others are compared with."""
 METHODS: Mapping[str, dict[str, str]] = {
     "stack": {"adapter": "lora(r=2, alpha=4, fresh='client')", "aggregator": "stack"},
     "energy": {
@@ -137,9 +139,21 @@ KILLED = {
 SPARED: dict[str, Any] = {**METHODS["fedex"], "correction": "none", "optimizer": "sgd"}
 
 
-@pytest.mark.parametrize("lines", [KILLED, SPARED], ids=["stack", "fedex"])
-def test_killed_and_resumed_is_the_same(runs: Runs, tmp_path: Path, lines: dict[str, Any]) -> None:
-    whole = Whole(tmp_path / "whole", runs(tmp_path / "whole", **lines))
+@pytest.fixture(scope="module", params=[KILLED, SPARED], ids=["stack", "fedex"])
+def lines(request: pytest.FixtureRequest) -> dict[str, Any]:
+    found: dict[str, Any] = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs, lines: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    path = tmp_path_factory.mktemp("whole") / "run"
+    return Whole(path, runs(path, **lines))
+
+
+def test_killed_and_resumed_is_the_same(
+    runs: Runs, whole: Whole, tmp_path: Path, lines: dict[str, Any]
+) -> None:
     assert (whole.ended.signal, whole.ended.error) == (0, "")
     _, note = read_tensor_file(whole.path / "checkpoints" / "state-000003.safetensors", "")
     assert [round for round, *_ in note["fold"]][-1] == 3
@@ -152,12 +166,10 @@ def test_killed_and_resumed_is_the_same(runs: Runs, tmp_path: Path, lines: dict[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lines", [KILLED, SPARED], ids=["stack", "fedex"])
 @pytest.mark.parametrize("step", ["begun", "half", "written", "synced", "renamed", "settled"])
 def test_killed_at_every_checkpoint_and_resumed_is_the_same(
-    runs: Runs, tmp_path: Path, lines: dict[str, Any], step: str
+    runs: Runs, whole: Whole, tmp_path: Path, lines: dict[str, Any], step: str
 ) -> None:
-    whole = Whole(tmp_path / "whole", runs(tmp_path / "whole", **lines))
     for kind, times in (("checkpoint", 3), ("ledger", 3), ("adapter", 1)):
         for nth in range(1, times + 1):
             path = tmp_path / f"{kind}-{nth}"

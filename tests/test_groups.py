@@ -60,6 +60,8 @@ from tests.camp import (
 )
 from tests.tiny import support_plan
 
+pytestmark = pytest.mark.xdist_group("groups")
+"""One process has the models."""
 ADAMW = "plain(lr=0.05, epochs=1, batch=2)"
 IN_TURN = "clients train one at a time"
 EXACT, SINGLE = 1e-9, 1e-4

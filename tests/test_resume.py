@@ -17,6 +17,8 @@ from fedpeft.tensor_file import read_tensor_file
 from tests.killing import LINES, Ended, Runs, digest
 from tests.tiny import support_files, support_plan
 
+pytestmark = pytest.mark.xdist_group("resume")
+"""One process has the run that others are compared with."""
 FAST = (
     "plan.synced:3",  # of plan.yaml, versions.json, run.json
     "memory.renamed:5",  # in the second round

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedpeft import Plan, simulate
 from fedpeft.grid import read_grid
 from fedpeft.preview import preview
+from tests.waiting import HANGS
 
 ROOT = Path(__file__).parents[1]
 PLANS = sorted(p for p in (ROOT / "simulations").glob("*.yaml") if p.name != "grid.yaml")
@@ -24,7 +26,7 @@ SMALL: dict[str, dict[str, object]] = {
     "dolly": {"trainer": "plain(lr=1e-3, steps=1, batch=2)", "rounds": 1},
     "shakespeare": {"cohort": "uniform(size=2)", "rounds": 1},
     "sst2": {"trainer": "plain(lr=1e-3, steps=1, batch=2)", "rounds": 1, "compare": "none"},
-    "quickstart": {"rounds": 1, "evaluate": "clients"},
+    "quickstart": {"clients": 3, "rounds": 1, "evaluate": "clients"},
 }
 
 
@@ -55,15 +57,29 @@ def test_plans_run(path: Path, tmp_path: Path, shared: Callable[[str], Path]) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "memory"])
 def test_benchmarks_report(name: str) -> None:
+    rows_of(name)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_a_second_worker_takes_little_memory() -> None:
+    rows = {row["workers"]: row for row in rows_of("memory")}
+    assert rows[2]["pss_mb"] < 1.3 * rows[1]["pss_mb"]
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """Run a benchmark as a user does, as quickly as it can; return what it says."""
     command = [sys.executable, "-m", f"simulations.benchmarks.{name}", "--json", "--quick"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=HANGS
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout[done.stdout.index("{") :])
     assert found["benchmark"] == name
     assert found["machine"]["cores"] >= 1
-    assert len(found["rows"]) >= 2
+    rows: list[dict[str, Any]] = found["rows"]
+    assert len(rows) >= 2
+    return rows
