@@ -1,6 +1,6 @@
 """A run, fully described: one choice for each part, checked as a whole before anything is loaded.
 
-The parts declare what they offer, need and refuse (see ``types.py``); this module compares the
+The parts declare what they offer, need and refuse (see ``types/``); this module compares the
 declarations and knows no method by name.
 """
 

@@ -52,6 +52,12 @@ SHARED = {
 """Modules that methods may use: the vocabulary, and tools that need nothing but the vocabulary."""
 
 
+def _files(name: str) -> list[Path]:
+    """Return the file of a module, or those of a folder."""
+    file = ROOT / f"{name}.py"
+    return [file] if file.exists() else sorted((ROOT / name).glob("*.py"))
+
+
 def _name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
 
@@ -119,7 +125,7 @@ def test_the_library_raises_errors_and_asserts_nothing(path: Path) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        *(ROOT / f"{name}.py" for name in LIGHT),
+        *(path for name in LIGHT for path in _files(name)),
         *(p for family in FAMILIES for p in sorted((ROOT / family).glob("[!_]*.py"))),
         *(p for p in sorted((ROOT / "codecs").glob("_*.py"))),
     ],
@@ -139,7 +145,9 @@ def test_methods_know_the_vocabulary_and_no_other_layer(path: Path) -> None:
 
 @pytest.mark.parametrize("module", sorted(SHARED))
 def test_what_methods_share_knows_no_layer_above_it(module: str) -> None:
-    assert _layers(_imports_at_once(ROOT / f"{module}.py")) <= SHARED
+    assert _files(module)
+    for path in _files(module):
+        assert _layers(_imports_at_once(path)) <= SHARED
 
 
 def test_building_a_plan_imports_nothing_heavy() -> None:
