@@ -18,8 +18,18 @@ from pathlib import Path
 
 from fedpeft.errors import RunError
 
-KINDS = ("plan", "memory", "checkpoint", "ledger", "adapter", "compare", "result", "spending")
-"""What is written: see ``run_folder.py`` for the files."""
+KINDS = (
+    "plan",
+    "memory",
+    "checkpoint",
+    "ledger",
+    "adapter",
+    "compare",
+    "result",
+    "spending",
+    "reply",
+)
+"""What is written: see ``run_folder.py`` for the files of a run, ``node.py`` for a node's."""
 MOMENTS = ("begun", "half", "written", "synced", "renamed", "settled")
 """Nothing yet; half the bytes; before fsync; after it and before the rename; after the rename and
 before the folder's fsync; after that."""

@@ -29,12 +29,13 @@ from fedpeft.ledger import OnDiskLedgers
 from fedpeft.memory import Memory, OnDisk
 from fedpeft.models import _base
 from fedpeft.plan import Plan
+from fedpeft.replies import Replies
 from fedpeft.site import Site
 from fedpeft.types import Metrics, Scalar
 from fedpeft.warm.channel import Place
 from fedpeft.wire import peek
 
-_RUN = re.compile(r"[A-Za-z0-9-]{1,64}")
+_RUN_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
 class Node:
@@ -61,21 +62,16 @@ class Node:
         )
 
     def train(self, place: Place, client: str, packet: bytes) -> bytes:
-        """Play a round of a client and return its reply."""
+        """Play a round of a client and return its reply; to the same message again, the same."""
         dealt = self._prepared(place)
         dealt.check_plays(place, client)
-        plan, site, purse = dealt.plan, self._loaded(dealt), _purse(place)
-        if not (site.tables.stores or site.tables.keeps):
-            reply, _ = client_round(plan, site, client, packet, Memory(), purse)
-            return bytes(reply)
-        folder = _memory(packet)
-        with _alone(folder, client):
-            memory = OnDisk(folder).load(client)
-            _check_newest(client, packet, memory)
-            reply, after = client_round(plan, site, client, packet, memory, purse)
-            if after is not memory:
-                OnDisk(folder).save(client, after)
-        return bytes(reply)
+        run = _run(packet)
+        replies = Replies(home() / "replies" / run, log.warning)
+        with _alone(home() / "clients" / run, client):
+            if (reply := replies.find(client, packet)) is None:
+                reply = self._played(dealt, place, client, packet)
+                replies.keep(client, packet, reply)
+        return reply
 
     def evaluate(self, place: Place, client: str, packet: bytes) -> Metrics:
         """Evaluate on a client's held-out records; no metrics where it has none."""
@@ -86,7 +82,7 @@ class Node:
         if not (held := site.held(client)):
             return {}
         keeps = site.tables.remembers or site.tables.keeps
-        memory = OnDisk(_memory(packet)).load(client) if keeps else Memory()
+        memory = OnDisk(home() / "clients" / _run(packet)).load(client) if keeps else Memory()
         (metrics,) = group_evaluation(dealt.plan, site, [Asked(client, packet, memory)], [held])
         return metrics
 
@@ -95,6 +91,17 @@ class Node:
         self._let_go()
         self._dealt = None
         getattr(_base.load_base, "cache_clear", lambda: None)()
+
+    def _played(self, dealt: _Dealt, place: Place, client: str, packet: bytes) -> bytes:
+        plan, site, purse = dealt.plan, self._loaded(dealt), _purse(place)
+        store = OnDisk(home() / "clients" / _run(packet))
+        remembers = site.tables.stores or site.tables.keeps
+        memory = store.load(client) if remembers else Memory()
+        _check_newest(client, packet, memory)
+        reply, after = client_round(plan, site, client, packet, memory, purse)
+        if remembers and after is not memory:
+            store.save(client, after)
+        return bytes(reply)
 
     def _let_go(self) -> None:
         if self._site:
@@ -176,11 +183,11 @@ def _purse(place: Place) -> Purse:
     return Purse(ledgers, (float(most), delta))
 
 
-def _memory(packet: bytes) -> Path:
+def _run(packet: bytes) -> str:
     run = str(peek(packet).get("run", ""))
-    if not _RUN.fullmatch(run):  # it becomes the name of a folder
+    if not _RUN_NAME.fullmatch(run):  # it becomes the name of a folder
         raise WireError("message names no run")
-    return home() / "clients" / run
+    return run
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ def test_a_full_disk_is_told_and_the_old_file_kept(
 
 
 def test_the_faults_are_named() -> None:
-    assert len(FAULTS) == len(KINDS) * len(MOMENTS) == 48
+    assert len(FAULTS) == len(KINDS) * len(MOMENTS) == 54
     assert FAULTS[:2] == ("plan.begun", "plan.half")
 
 

@@ -96,7 +96,7 @@ def test_the_plan_writes_all_there_is(whole: Whole) -> None:
         *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     }
     assert sum(name.startswith("memory/") for name in found) == 4
-    assert set(TIMES) | {"adapter", "result", "spending"} == set(KINDS)
+    assert set(TIMES) | {"adapter", "result", "spending", "reply"} == set(KINDS)
     table = whole.ended.table
     assert table is not None
     assert list(table["rows"]) == ["base", "federated", "central"]
