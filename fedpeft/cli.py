@@ -203,7 +203,7 @@ def spent(
 
     if not 0 < delta < 1:
         raise RunError(f"--delta {delta:g} must be between 0 and 1")
-    for line in ledger.spent(folder, delta):
+    for line in ledger.spent(folder, delta, lambda text: typer.echo(f"warning: {text}", err=True)):
         typer.echo(
             f"{line['client']}  epsilon {line['epsilon']:.3f} at delta {delta:g} in "
             f"{line['rounds']} rounds of {line['runs']} runs; hidden: {line['unit']}; data "

@@ -57,6 +57,11 @@ def file_name(name: str) -> str:
     return f"{plain}-{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
 
 
+def is_file_name(text: str) -> bool:
+    """Return whether :func:`file_name` may have made it."""
+    return re.fullmatch(r"[A-Za-z0-9._-]{0,60}-[0-9a-f]{12}", text) is not None
+
+
 def replace_file(path: Path, pieces: Iterable[bytes], kind: str, *, private: bool = False) -> None:
     """Write ``path`` so that a reader finds the old content or all of the new.
 

@@ -11,14 +11,14 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedpeft.durable import file_name, make_folder, replace_file, writing
+from fedpeft.durable import file_name, is_file_name, make_folder, replace_file, writing
 from fedpeft.errors import BudgetError, RunError
 
 _KEY = 32
@@ -119,8 +119,12 @@ class OnDiskLedgers:
 
     def all(self) -> Iterator[tuple[str, Ledger]]:
         """Yield every client with its ledger. Raises ``RunError`` where a file is damaged."""
-        for path in sorted(self.folder.glob("*.json")):
+        for path in filter(_is_ledger, sorted(self.folder.glob("*.json"))):
             yield _read(path, path.stem)
+
+    def foreign(self) -> list[Path]:
+        """Return the files beside the ledgers that look like them and are none."""
+        return [path for path in sorted(self.folder.glob("*.json")) if not _is_ledger(path)]
 
     def write(self, client: str, ledger: Ledger) -> None:
         """Keep it, durable at once. Raises ``RunError`` where the disk does not take it."""
@@ -146,6 +150,13 @@ class OnDiskLedgers:
         return self.folder / f"{file_name(client)}.json"
 
 
+def _is_ledger(path: Path) -> bool:
+    """Whether this is a ledger, damaged or not: by its name, or else by what it holds."""
+    with suppress(OSError):
+        return is_file_name(path.stem) or b'"releases"' in path.read_bytes()
+    return True
+
+
 def _read(path: Path, client: str) -> tuple[str, Ledger]:
     try:
         told = json.loads(path.read_bytes())
@@ -161,13 +172,19 @@ def _read(path: Path, client: str) -> tuple[str, Ledger]:
         ) from None
 
 
-def spent(folder: Path, delta: float) -> Iterator[dict[str, Any]]:
+def spent(
+    folder: Path, delta: float, warn: Callable[[str], None] = lambda _: None
+) -> Iterator[dict[str, Any]]:
     """Yield what each client has spent of each data set, by the ledgers in a folder or a run's.
 
-    Raises ``RunError`` where there are none, or one is damaged.
+    ``warn`` is told of files that are no ledgers. Raises ``RunError`` where there are none, or one
+    is damaged.
     """
     inner = folder / "memory" / "ledgers"
-    held = list(OnDiskLedgers(inner if inner.is_dir() else folder).all())
+    ledgers = OnDiskLedgers(inner if inner.is_dir() else folder)
+    for path in ledgers.foreign():
+        warn(f"{path}: no ledger, left out")
+    held = list(ledgers.all())
     if not held:
         raise RunError(f"{folder}: holds no ledgers; give a run folder, or a node's ledgers/")
     for client, ledger in held:

@@ -400,6 +400,32 @@ def test_what_was_spent_is_told_by_client_and_data_set(run: Path, tmp_path: Path
         assert isinstance(refused.exception, RunError)
 
 
+def test_files_that_are_no_ledgers_are_named_and_the_others_read(tmp_path: Path) -> None:
+    ledgers = OnDiskLedgers(tmp_path)
+    charge(ledgers, "c", FIRST, rounds=9)
+    (mine,) = tmp_path.glob("*.json")
+    found = list(spent(tmp_path, 1e-5))
+    foreign = [tmp_path / "notes.json", tmp_path / "package.json"]
+    foreign[0].write_text("{")
+    foreign[1].write_text('{"name": "left-pad"}')
+    warned: list[str] = []
+    assert list(spent(tmp_path, 1e-5, warned.append)) == found
+    assert warned == [f"{path}: no ledger, left out" for path in foreign]
+    told = CliRunner().invoke(app, ["spent", str(tmp_path)])
+    assert (told.exit_code, len(told.stdout.splitlines())) == (0, 1)
+    assert told.stderr.splitlines() == [f"warning: {text}" for text in warned]
+    whole = mine.read_bytes()
+    copy = mine.rename(tmp_path / "copy.json")  # a ledger by any other name
+    assert [line["client"] for line in spent(tmp_path, 1e-5)] == ["c"]
+    for path, held in ((copy, whole[:-20]), (mine, b""), (mine, whole[:10]), (mine, b"{}")):
+        path.write_bytes(held)
+        with pytest.raises(RunError, match=f"{path.name}: damaged; restore it"):
+            list(spent(tmp_path, 1e-5))
+        path.unlink()
+    with pytest.raises(RunError, match="holds no ledgers"):
+        list(spent(tmp_path, 1e-5))
+
+
 def test_a_site_stops_before_its_limit(tmp_path: Path) -> None:
     ledgers = OnDiskLedgers(tmp_path)
     release, limit = replace(FIRST, rate=0.02), (2.0, 1e-5)
