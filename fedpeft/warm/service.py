@@ -158,13 +158,14 @@ def serving(where: Path, make: Callable[[], Any], idle: float = IDLE) -> Iterato
         where.chmod(0o700)
     lock = acquire(where, "socket: a warm trainer runs already")
     try:
-        service = Service(make, idle, secrets.token_hex(32))
+        token = secrets.token_hex(32)
+        service = Service(make, idle, token)
         server = grpc.server(ThreadPoolExecutor(_WAITING), [service.handler()], options=LIMITS)
         healthy = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
         healthy.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         (where / "socket").unlink(missing_ok=True)  # of one that was killed
-        replace_file(where / "token", [service._token.encode()], "token", private=True)
+        replace_file(where / "token", [token.encode()], "token", private=True)
         server.add_secure_port(at, grpc.local_server_credentials(grpc.LocalConnectionType.UDS))
         server.start()
         try:
