@@ -150,10 +150,11 @@ def counted(given: Mapping[str, Any], lr: float, seed: int) -> stores.Run:
     return {"lr": lr, "seed": seed, "metrics": {"held/accuracy": lr, "held/loss": 1.0}}
 
 
-def study(folder: Path) -> command.Study:
+def study(folder: Path) -> command.Study[bool]:
     return command.Study(
         name="counted",
         results=folder,
+        sizes=(False, True),
         pieces=lambda _: [Counted()],
         quick=("one",),
         play=counted,

@@ -14,32 +14,36 @@ from dataclasses import dataclass
 from itertools import repeat
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from fedpeft.durable import locked
 from fedpeft.errors import FedPeftError, PlanError, RunError
 from simulations._study import store as stores
 from simulations._study.store import Piece, Play, Store
 
+Size = TypeVar("Size")
+
 
 @dataclass(frozen=True, slots=True)
-class Study:
+class Study(Generic[Size]):
     """What studies differ in.
 
-    ``pieces`` and ``report`` are told whether a quick look is wanted, which runs the pieces of
-    ``quick``; ``play`` lies outside of a ``__main__``, whose functions no spawned process finds.
-    ``told`` are the metrics said of each run.
+    ``pieces`` and ``report`` are given one of the ``sizes``: that of the study, or of a quick look,
+    which runs the pieces of ``quick``. ``play`` lies outside of a ``__main__``, whose functions no
+    spawned process finds. ``told`` are the metrics said of each run.
     """
 
     name: str
     results: Path
-    pieces: Callable[[bool], Sequence[Piece]]
+    sizes: tuple[Size, Size]
+    pieces: Callable[[Size], Sequence[Piece]]
     quick: tuple[str, ...]
     play: Play
-    report: Callable[[Store, bool], str]
+    report: Callable[[Store, Size], str]
     told: tuple[str, ...]
 
 
-def main(study: Study, arguments: list[str] | None = None) -> int:
+def main(study: Study[Any], arguments: list[str] | None = None) -> int:
     """Parse, run, report; 0 where nothing went wrong."""
     options = _options(study).parse_args(arguments)
     for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):
@@ -97,7 +101,7 @@ def _at_least_one(text: str) -> int:
     return count
 
 
-def _options(study: Study) -> argparse.ArgumentParser:
+def _options(study: Study[Any]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m simulations.{study.name}")
     parser.add_argument("--list", action="store_true", help="what is done and what is missing")
     parser.add_argument("--report", action="store_true", help="only write table and plot")
@@ -109,8 +113,9 @@ def _options(study: Study) -> argparse.ArgumentParser:
     return parser
 
 
-def _do(study: Study, store: Store, options: argparse.Namespace) -> int:
-    every = study.pieces(options.quick)
+def _do(study: Study[Size], store: Store, options: argparse.Namespace) -> int:
+    size = study.sizes[options.quick]
+    every = study.pieces(size)
     asked = options.piece or (study.quick if options.quick else [])
     wanted = [stores.named(every, name) for name in asked] or every
     if options.list:
@@ -121,12 +126,12 @@ def _do(study: Study, store: Store, options: argparse.Namespace) -> int:
         with locked(store.folder, "set of results"):
             end = time.time() + 60 * options.minutes
             failed = _run(study, store, wanted, end, options.jobs)
-    text = study.report(store, options.quick)
+    text = study.report(store, size)
     print(text if options.quick else f"runs and report: {store.folder}")
     return int(failed)
 
 
-def _run(study: Study, store: Store, wanted: Sequence[Piece], end: float, jobs: int) -> bool:
+def _run(study: Study[Any], store: Store, wanted: Sequence[Piece], end: float, jobs: int) -> bool:
     """Make the missing runs, ``jobs`` pieces at once; True where some piece could not be run.
 
     What chooses a piece's rate runs too.

@@ -12,6 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     study = Study(
         name="lateness",
         results=_pieces.RESULTS,
+        sizes=(False, True),
         pieces=_pieces.pieces,
         quick=("head_sync", "head_fedbuff"),
         play=_work.play,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from simulations._study import command
 from simulations._study.command import Study
-from simulations._study.store import Piece, Store
 from simulations.lora_methods import _pieces, _plans, _report, _work
 
 
@@ -15,21 +12,14 @@ def main(arguments: list[str] | None = None) -> int:
     study = Study(
         name="lora_methods",
         results=_pieces.RESULTS,
-        pieces=_all,
+        sizes=(_plans.FULL, _plans.QUICK),
+        pieces=_pieces.pieces,
         quick=("fedit_3", "ffa_lora_3"),
         play=_work.play,
-        report=_write,
+        report=_report.write,
         told=("test/accuracy", "held/accuracy"),
     )
     return command.main(study, arguments)
-
-
-def _all(quick: bool) -> Sequence[Piece]:
-    return _pieces.pieces(_plans.QUICK if quick else _plans.FULL)
-
-
-def _write(store: Store, quick: bool) -> str:
-    return _report.write(store, _plans.QUICK if quick else _plans.FULL)
 
 
 if __name__ == "__main__":
