@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,18 @@ EngineSpec = Annotated[
 ]
 
 
+class LogForm(StrEnum):
+    """How a command says what happens."""
+
+    text = "text"
+    json = "json"
+
+
+Log = Annotated[
+    LogForm, typer.Option(envvar="FEDPEFT_LOG", help="json: structured lines on standard error")
+]
+
+
 @app.command()
 def run(
     plan: PlanFile,
@@ -45,6 +58,7 @@ def run(
     engine: EngineSpec = "inline",
     device: Device = "cpu",
     threads: Threads = None,
+    log: Log = LogForm.text,
 ) -> None:
     """Simulate a plan: train, evaluate, leave a run folder."""
     from fedpeft.plan import Plan
@@ -56,7 +70,7 @@ def run(
     _prepare(device, threads)
     from fedpeft.driver import simulate
 
-    with show_run(folder) as watch:
+    with show_run(folder, log) as watch:
         result = simulate(
             found, out=folder, resume=resume, device=device, engine=place, watch=watch
         )
@@ -230,6 +244,22 @@ def warm(
     from fedpeft.warm.service import serve
 
     serve(folder or usual(), idle)
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a run, or a folder of runs")],
+    host: Annotated[str, typer.Option(help="where to listen")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8765,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="serve /metrics for Prometheus")
+    ] = False,
+    log: Log = LogForm.text,
+) -> None:
+    """Show runs in a browser, live: a page for reading, on this machine only."""
+    from fedpeft.dashboard.command import watch as serve
+
+    serve(folder, host=host, port=port, metrics=metrics, log=log)
 
 
 @app.command()

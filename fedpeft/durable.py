@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import signal
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +38,9 @@ FAULTS = tuple(f"{kind}.{moment}" for kind in KINDS for moment in MOMENTS)
 
 _AT_ONCE = 8
 """Files waiting for the disk together: it writes them in fewer turns."""
+
+_GLANCES, _GLANCE = 4, 0.02
+"""How often, after how many seconds, a lock is asked for: who looks has it for microseconds."""
 
 _passed: dict[str, int] = {}
 
@@ -232,12 +236,31 @@ def acquire(folder: Path, what: str) -> int:
     except OSError as error:
         reason = error.strerror or error
         raise RunError(f"{folder}: no folder to write in ({reason})") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise RunError(f"{folder}: another process is writing this {what}") from None
+    for left in reversed(range(_GLANCES)):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if not left:
+                os.close(lock)
+                raise RunError(f"{folder}: another process is writing this {what}") from None
+            time.sleep(_GLANCE)
     return lock
+
+
+def is_held(folder: Path) -> bool:
+    """Tell whether a process holds the lock on ``folder``; nothing is written."""
+    try:
+        lock = os.open(folder / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ import yaml
 from fedpeft.checkpoint import Checkpoint, drop_old, load_checkpoint, save_checkpoint
 from fedpeft.durable import acquire, append_line, replace_file
 from fedpeft.errors import RunError
+from fedpeft.json_lines import mapping, whole_lines
 from fedpeft.memory import OnDisk
 from fedpeft.plan import Plan
 
@@ -148,8 +149,7 @@ class RunFolder:
         if not path.exists():
             return []
         found = []
-        for i, text in enumerate(path.read_bytes().split(b"\n")[:-1]):
-            line = _mapping(text)
+        for i, line in enumerate(whole_lines(path.read_bytes())):
             if line is None:
                 raise RunError(f"{path}:{i + 1}: no JSON object; restore the line")
             found.append(line)
@@ -234,7 +234,7 @@ class RunFolder:
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         try:
-            found = _mapping(path.read_bytes())
+            found = mapping(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
         if found is None:
@@ -255,14 +255,6 @@ def versions() -> dict[str, str | int]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found | {"threads": torch.get_num_threads(), "machine": platform.machine()}
-
-
-def _mapping(text: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _difference(known: Mapping[str, Any], plan: Plan, inputs: tuple[str, ...]) -> str:

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from fedpeft.driver import Result
 from fedpeft.grid import Outcome
+from fedpeft.logs import RunLog
 from fedpeft.plan import Plan
 from fedpeft.watching import Line
 
@@ -139,8 +140,12 @@ class _Pace:
 
 
 @contextmanager
-def show_run(folder: Path) -> Iterator[RunScreen]:
-    """Show a run; Ctrl-C says how to go on."""
+def show_run(folder: Path, form: str = "text") -> Iterator[RunScreen | RunLog]:
+    """Show a run, or log it where the ``form`` is "json"; Ctrl-C says how to go on."""
+    if form == "json":
+        with RunLog(folder) as log:
+            yield log
+        return
     console = Console(soft_wrap=True, markup=False)
     try:
         with RunScreen(console, folder) as screen:

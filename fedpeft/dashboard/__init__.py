@@ -1,0 +1,1 @@
+"""A read-only page about runs: what their folders tell, for a browser or Prometheus."""
