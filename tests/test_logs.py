@@ -76,6 +76,7 @@ def test_refusals_warnings_and_the_end_are_logged(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_command_logs_on_request(bert: Path, tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(support_lines(bert, rounds=1, evaluate="none")))
