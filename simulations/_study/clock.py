@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
 
 from fedpeft.engine._base import Engine, Stage
-from fedpeft.grouping import Grouping
 from fedpeft.plan import Plan
-from fedpeft.types import Metrics, Population, Simulation
+from fedpeft.types import Simulation
 from fedpeft.watching import Line, Quiet
-from fedpeft.wire import Message
-
-_T = TypeVar("_T")
+from simulations._study.around import Around, Replies, Requests
 
 
 class Clock(Quiet):
@@ -41,7 +37,7 @@ class Clock(Quiet):
     def start(self, stage: Stage) -> Iterator[Engine]:
         """Start the engine within."""
         with self.inner.start(stage) as engine:
-            yield _Clocked(engine, self)
+            yield Around(engine, self._exchange)
 
     def begin(self, plan: Plan, round: int) -> None:
         """Start to count."""
@@ -57,34 +53,9 @@ class Clock(Quiet):
         """Return the median of the server's CPU seconds; ``None`` with one round."""
         return round(statistics.median(self._server[:-1]), 4) if self._server[:-1] else None
 
-
-class _Clocked:
-    """See ``engine._base.Engine``."""
-
-    def __init__(self, engine: Engine, clock: Clock) -> None:
-        self._engine, self._clock, self.remote = engine, clock, engine.remote
-
-    def population(self) -> Population:
-        """Return every client with its training records."""
-        return self._engine.population()
-
-    def exchange(
-        self, requests: Iterable[tuple[str, Message]]
-    ) -> Iterator[tuple[str, Message | bytes | Exception]]:
+    def _exchange(self, engine: Engine, requests: Requests) -> Replies:
         """Have all clients play their round before the server sees any reply."""
         packed, begun = list(requests), time.process_time()
-        answers = list(self._engine.exchange(packed))
-        self._clock.clients += time.process_time() - begun
+        answers = list(engine.exchange(packed))
+        self.clients += time.process_time() - begun
         yield from answers
-
-    def evaluate(
-        self, requests: Iterable[tuple[str, Message]]
-    ) -> Iterator[tuple[str, Metrics | Exception]]:
-        """Ask the engine."""
-        return self._engine.evaluate(requests)
-
-    def share(
-        self, clients: Sequence[str], work: Callable[[Sequence[str], Grouping], _T]
-    ) -> Iterator[_T]:
-        """Ask the engine."""
-        return self._engine.share(clients, work)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.engine._base import Engine, Stage
-from fedpeft.grouping import Grouping
 from fedpeft.plan import Plan
 from fedpeft.rng import derive
 from fedpeft.tables import Tables
 from fedpeft.tensors import narrowed, norm, size
-from fedpeft.types import Metrics, Population, Scalar, Shapes, Simulation, Tensors
+from fedpeft.types import Scalar, Shapes, Simulation, Tensors
 from fedpeft.wire import Message, body, peek
+from simulations._study.around import Around, Replies, Requests
 
-_T = TypeVar("_T")
 Vector = NDArray[np.float32]
 
 
@@ -101,7 +99,7 @@ class Aviary(Simulation):
         self.sphere = Sphere(travelling(self.plan, self.tables), self.seed)
         self.iterates.append({k: stage.site.initial[k] for k in self.sphere.shapes})
         with self.inner.start(stage) as engine:
-            yield _Mixed(engine, self)
+            yield Around(engine, self._exchange)
 
     def see(self, messages: Iterable[tuple[str, Message]]) -> None:
         """Take down the model of a round; where clients have less of it, what any of them has."""
@@ -132,38 +130,13 @@ class Aviary(Simulation):
         said |= {"steps": 1, "seen": 1, "lr_sum": 1.0, "loss": 1.0}
         return body(sections, own.uplink.expected(up)).seal(said)
 
-
-class _Mixed:
-    """See ``engine._base.Engine``."""
-
-    def __init__(self, engine: Engine, aviary: Aviary) -> None:
-        self._engine, self._aviary, self.remote = engine, aviary, engine.remote
-
-    def population(self) -> Population:
-        """Return every client; which of them are canaries is not told."""
-        return self._engine.population()
-
-    def exchange(
-        self, requests: Iterable[tuple[str, Message]]
-    ) -> Iterator[tuple[str, Message | bytes | Exception]]:
+    def _exchange(self, engine: Engine, requests: Requests) -> Replies:
         """Have canaries answer at once, and the others play their round."""
-        asked, names = list(requests), {*self._aviary.names}
-        self._aviary.see(asked)
+        asked, names = list(requests), {*self.names}
+        self.see(asked)
         others = [(client, message) for client, message in asked if client not in names]
         for client, message in asked:
             if client in names:
-                yield client, self._aviary.reply(client, message)
+                yield client, self.reply(client, message)
         if others:
-            yield from self._engine.exchange(others)
-
-    def evaluate(
-        self, requests: Iterable[tuple[str, Message]]
-    ) -> Iterator[tuple[str, Metrics | Exception]]:
-        """Ask the engine."""
-        return self._engine.evaluate(requests)
-
-    def share(
-        self, clients: Sequence[str], work: Callable[[Sequence[str], Grouping], _T]
-    ) -> Iterator[_T]:
-        """Ask the engine."""
-        return self._engine.share(clients, work)
+            yield from engine.exchange(others)
