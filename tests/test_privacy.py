@@ -16,6 +16,7 @@ from scipy import stats
 from fedpeft.errors import PlanError, SpecError
 from fedpeft.privacy import _accountant
 from fedpeft.privacy._gaussian import normals
+from fedpeft.privacy._losses import Rounds
 from fedpeft.privacy._mechanism import Adaptive, Mechanism
 from fedpeft.releases import mechanism_of, released
 from fedpeft.rng import derive
@@ -102,6 +103,36 @@ def test_what_rounds_share_changes_no_bit(
     else:
         whole = PLDAccountant(relation, value_discretization_interval=2.0**-9)
         assert found == whole.compose(event, rounds).get_epsilon(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "noise", "rounds", "delta"),
+    [
+        (COINS, 0.8, 2, 1e-9),
+        (CAPPED, 0.8, 1, 1e-5),
+        (CAPPED, 0.8, 2, 1e-5),
+        (CAPPED, 1.5, 40, 1e-9),
+        (CAPPED, 1.5, 40, 1e-13),
+        (CAPPED, 1.5, 3, 0.5),
+        (CAPPED, 1.5, 2, 1e-15),
+        (COINS, 500.0, 2, 1e-5),
+    ],
+)
+def test_rounds_add_up_to_the_bits_of_the_library(
+    sampling: Sampling, noise: float, rounds: int, delta: float
+) -> None:
+    from dp_accounting.pld import privacy_loss_distribution as losses
+
+    step = 2.0**-8
+    one = _accountant._one_round.__wrapped__(sampling, noise, step)
+    nothing = losses.identity(value_discretization_interval=step)
+    expected = nothing.compose(one.self_compose(rounds)).get_epsilon_for_delta(delta)
+    found = Rounds(one)
+    assert bool(found._sides) == (noise < 500)
+    assert found.epsilon(rounds, delta) == expected
+    assert found.epsilon(rounds + 1, delta) >= expected
+    assert (expected == math.inf) == (delta == 1e-15)
+    assert (expected == 0) == (delta == 0.5)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

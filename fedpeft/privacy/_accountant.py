@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from fedpeft.errors import PlanError
+from fedpeft.privacy._losses import Rounds, by_library
 from fedpeft.types import Sampling
 
 _ORDERS = (*range(2, 25), *range(26, 65, 4), 80, 96, 128, 192, 256, 512, 1024)
@@ -56,19 +57,28 @@ def epsilon(sampling: Sampling, noise_multiplier: float, rounds: int, delta: flo
     rough = renyi(_uncapped(sampling), noise_multiplier, rounds, delta) or 0.0
     if accountant(sampling) == "RDP" or rough > _HOPELESS:
         return rough
-    from dp_accounting.pld import privacy_loss_distribution as losses
-
     step = _grid(rough, rounds)
-    found = _several(sampling, noise_multiplier, rounds, step)
-    nothing = losses.identity(value_discretization_interval=step)
-    return float(nothing.compose(found).get_epsilon_for_delta(delta))
+    if _is_gaussian(sampling):
+        return by_library(_several(sampling, noise_multiplier, rounds, step), delta)
+    return _rounds(sampling, noise_multiplier, step).epsilon(rounds, delta)
 
 
 def _several(sampling: Sampling, noise_multiplier: float, rounds: int, step: float) -> Any:
     """Return the privacy losses of so many rounds."""
-    if sampling.size is None and sampling.rate == 1:  # Gaussians add up to one, without any loss
+    if _is_gaussian(sampling):
         return _one_round(sampling, noise_multiplier / math.sqrt(rounds), step)
     return _one_round(sampling, noise_multiplier, step).self_compose(rounds)
+
+
+def _is_gaussian(sampling: Sampling) -> bool:
+    """Tell whether everybody is asked: such rounds add up to one, without any loss."""
+    return sampling.size is None and sampling.rate == 1
+
+
+@lru_cache(maxsize=8)
+def _rounds(sampling: Sampling, noise_multiplier: float, step: float) -> Rounds:
+    """Return what equal rounds share."""
+    return Rounds(_one_round(sampling, noise_multiplier, step))
 
 
 @lru_cache(maxsize=8)
