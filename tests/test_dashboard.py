@@ -345,9 +345,9 @@ def test_of_a_run_that_goes_on_come_the_new_rounds_only(tmp_path: Path) -> None:
         file.write(text(line(2)))
     found = get(**known).json()
     assert (found["after"], found["columns"]["round"]) == (2, [2])
-    replace_file(run / "rounds.jsonl", [text(line(0))], "ledger")
+    replace_file(run / "rounds.jsonl", [text(line(0, loss=7.0), line(1, loss=7.0))], "ledger")
     found = get(**known).json()
-    assert (found["after"], found["columns"]["round"]) == (0, [0])
+    assert (found["after"], found["columns"]["loss"]) == (0, [7.0, 7.0])
     assert get(after=-1).status_code == 422
 
 
@@ -455,6 +455,19 @@ def test_requests_are_told_where_that_is_wanted(tmp_path: Path) -> None:
     client.request("POST", "/")
     shown = [(each["event"], each["method"], each["path"], each["status"]) for each in told]
     assert shown == [("request", "GET", "/api/runs", 200), ("request", "POST", "/", 405)]
+
+
+def test_another_command_serves_it_beside_its_work_and_says_who_is_there(tmp_path: Path) -> None:
+    there = [{"site": "hospital-a", "state": "online"}, {"site": EVIL, "state": "gone"}]
+    app = server.application(tmp_path, sites=lambda: there)
+    with (
+        server.listen("127.0.0.1", 0) as listening,
+        server.serving(app, listening) as url,
+        urlopen(url + "api/runs", timeout=60) as answer,
+    ):
+        assert json.load(answer)["sites"] == there
+    with pytest.raises(OSError, match="refused"):
+        urlopen(url, timeout=60)
 
 
 # --- Prometheus ----------------------------------------------------------------------------------

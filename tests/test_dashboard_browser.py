@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from fedpeft.dashboard import server
 from tests import browser
 from tests.browser import Browser
 from tests.test_dashboard import EVIL, begun, line, text
@@ -102,6 +103,19 @@ def test_what_runs_say_is_text(page: Browser, url: str, tmp_path: Path) -> None:
     assert f"round 1: {bold}" in shown
     assert shown.count(bold) >= 3
     assert page.tell("document.querySelectorAll('#bold, main script').length") == 0
+    assert page.problems == []
+
+
+def test_sites_are_a_table_of_text(page: Browser, tmp_path: Path) -> None:
+    there = [{"site": "a", "state": "online"}, {"site": EVIL, "state": "gone"}]
+    app = server.application(tmp_path, sites=lambda: there)
+    with server.listen("127.0.0.1", 0) as listening, server.serving(app, listening) as url:
+        page.open(url)
+        rows = "document.querySelectorAll('#sites tbody tr')"
+        page.wait(f"{rows}.length === 2")
+        assert page.tell(f"{rows}[1].cells[0].textContent") == EVIL
+        there.pop()
+        page.wait(f"{rows}.length === 1", SOON)
     assert page.problems == []
 
 

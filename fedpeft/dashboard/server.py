@@ -8,11 +8,13 @@ on come the new rounds only, and while nobody looks nothing is read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
 import json
 import socket
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,8 +95,27 @@ def application(
 
 def serve(app: FastAPI, listening: socket.socket) -> None:
     """Serve until interrupted."""
-    settings = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
-    uvicorn.Server(settings).run(sockets=[listening])
+    _server(app).run(sockets=[listening])
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI, listening: socket.socket) -> Iterator[str]:
+    """Serve beside other work, in a thread that ends with the block; yield the address."""
+    server = _server(app)
+    thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
+    thread.start()
+    try:
+        yield address(listening)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _server(app: FastAPI) -> uvicorn.Server:
+    settings = uvicorn.Config(
+        app, ws="none", log_config=None, access_log=False, server_header=False
+    )
+    return uvicorn.Server(settings)
 
 
 def listen(host: str, port: int) -> socket.socket:
