@@ -1,8 +1,8 @@
 """Structured logs: what happens, one JSON object a line, for machines that read logs.
 
 Each has ``time`` (UTC), ``level`` and ``event``. The lines of rounds are those of the ledger
-without its lists, so a private run's log says no more than its ledger. (The live view of the
-terminal also counts replies as they come; this does not.)
+without its lists, so they say no more of a private run than the ledger; when they were written,
+and warnings that name a client, are the server's own to know (``docs/privacy.md``).
 """
 
 from __future__ import annotations

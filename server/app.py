@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fedpeft.driver import drive, input_digests
 from fedpeft.errors import FedPeftError
 from fedpeft.flower_config import home, read_config
 from fedpeft.flower_grid import GridEngine
+from fedpeft.logs import RunLog
 from fedpeft.preflight import check
 from fedpeft.releases import is_guarded
 from fedpeft.run_folder import RunFolder
@@ -37,7 +39,6 @@ def main(grid: Grid, context: Context) -> None:
 
 def _run(grid: Grid, context: Context) -> None:
     import torch
-    from rich.console import Console
 
     plan, settings = read_config(context.run_config)
     torch.set_num_threads(settings.threads)
@@ -53,13 +54,22 @@ def _run(grid: Grid, context: Context) -> None:
         plan.digest(federation.splits.fingerprint),
         settings.wait,
     )
-    console = Console(
-        file=sys.stdout, force_terminal=False, no_color=True, soft_wrap=True, markup=False
-    )
     inputs = input_digests(plan, federation)
     with (
         RunFolder(out.absolute(), plan, inputs, resume=settings.resume) as folder,
-        RunScreen(console, folder.path) as screen,
+        _screen(folder.path) as screen,
         contextlib.closing(Site(plan, federation, settings.device, warn=screen.warn)) as site,
     ):
         screen.finish(drive(plan, site, engine, folder, screen))
+
+
+def _screen(folder: Path) -> RunScreen | RunLog:
+    """Return who is told how the run goes; with ``FEDPEFT_LOG=json`` a structured log."""
+    from rich.console import Console
+
+    if os.environ.get("FEDPEFT_LOG") == "json":
+        return RunLog(folder)
+    console = Console(
+        file=sys.stdout, force_terminal=False, no_color=True, soft_wrap=True, markup=False
+    )
+    return RunScreen(console, folder)

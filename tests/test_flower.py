@@ -169,6 +169,24 @@ def assert_same(one: Path, other: Path) -> None:
     assert first == second
 
 
+def test_a_server_s_structured_log_tells_the_rounds_as_its_ledger_does(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDPEFT_LOG", "json")
+    lines = {"weighting": EVEN, "cohort": "poisson(rate=0.5)", "evaluate": "test"}
+    plan = support_plan(bert, privacy=SECRET, rounds=2, **lines)
+    serve(FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=plan.clients or 0))
+    said = [each for each in capsys.readouterr().err.splitlines() if each.startswith('{"time"')]
+    told = [json.loads(each) for each in said]
+    _, history, _ = result_of(tmp_path / "out")
+    rounds = [each for each in told if each["event"] == "round"]
+    for each in rounds:
+        assert [each.pop(name) for name in ("level", "event")] == ["info", "round"]
+        del each["time"], each["folder"]
+    assert rounds == history
+    assert told[-1]["event"] == "finished"
+
+
 @pytest.mark.parametrize(
     "lines",
     [
