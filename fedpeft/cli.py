@@ -282,6 +282,34 @@ def parts(
         typer.echo(catalogue.about(family, name))
 
 
+@app.command()
+def certs(
+    out: Annotated[Path, typer.Option(help="folder of the authority, or of a site to --probe")],
+    server: Annotated[
+        str, typer.Option(metavar="HOST,...", help="how sites reach the server")
+    ] = "",
+    sites: Annotated[str, typer.Option(metavar="NAME,...", help="sites to make keys for")] = "",
+    days: Annotated[int, typer.Option(min=1, help="for which a new certificate is good")] = 730,
+    probe: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="try a server's certificate instead")
+    ] = "",
+) -> None:
+    """Make an authority, a server's certificate and sites' keys; overwrite nothing."""
+    from fedpeft.deployment.certificates import make
+    from fedpeft.deployment.handshake import probe as shake
+    from fedpeft.deployment.names import split_address
+
+    if probe and (server or sites):
+        raise PlanError("--probe: makes nothing; leave out --server and --sites")
+    if probe:
+        good = shake(*split_address(probe), out / "ca.crt")
+        typer.echo(f"{probe}: the server of this authority, its certificate good until {good:%F}")
+        return
+    hosts, names = ([w.strip() for w in text.split(",") if text] for text in (server, sites))
+    for line in make(out, hosts, names, days):
+        typer.echo(line)
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit status 2."""
     # torch's threads wait actively: briefly, or a busy machine slows them by an order of magnitude

@@ -82,6 +82,30 @@ def replace_file(path: Path, pieces: Iterable[bytes], kind: str, *, private: boo
         _settle(path.parent, kind)
 
 
+def create_file(path: Path, data: bytes) -> None:
+    """Write ``path``, which its owner alone may read: all of it or, after a kill, nothing.
+
+    Raises ``RunError`` where it exists, which stays as it is, or the disk does not take it.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        make_folder(path.parent)
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+        _sync(path.parent)
+    except FileExistsError:
+        raise RunError(f"{path}: exists, and is not overwritten") from None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def write_pending(path: Path, data: bytes, kind: str) -> None:
     """Write ``path`` as :func:`replace_file` does, but without waiting for the disk.
 
@@ -165,6 +189,24 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for made in missing:
         _sync(made.parent)
+
+
+def make_private_folder(path: Path) -> None:
+    """Make ``path``, which its owner alone may enter.
+
+    Raises ``RunError`` where others may enter one that is there, or the disk does not take it.
+    """
+    try:
+        if not path.is_dir():
+            make_folder(path.parent)
+            path.mkdir(mode=0o700)
+            _sync(path.parent)
+        elif path.stat().st_mode & 0o077:
+            raise RunError(f"{path}: others may enter it; say chmod 700 {path}")
+    except OSError as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{path}: cannot be made ({error.strerror or error})") from error
 
 
 def remove_folder(path: Path) -> None:

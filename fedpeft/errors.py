@@ -8,6 +8,7 @@
     │   └── GroupError   a model or adapter whose clients cannot share a pass
     ├── TrainError   training that did not stay finite; a pass that does not fit into memory
     ├── BudgetError  training that would spend more privacy than was promised
+    ├── SiteError    keys, certificates, settings or machines of a federation that cannot be used
     ├── WireError    bytes from outside that are not the expected packet
     └── RunError     a run folder that is in use, finished, changed, damaged or in the way
         └── DamagedError  a file of a run whose content is not what was written
@@ -52,6 +53,10 @@ class TrainError(FedPeftError, ArithmeticError):
 
 class BudgetError(FedPeftError, PermissionError):
     """Training that would spend more privacy than a plan promises or a site allows."""
+
+
+class SiteError(FedPeftError, OSError):
+    """Keys, certificates, settings or machines of a federation that cannot be used."""
 
 
 class WireError(FedPeftError, ValueError):

@@ -1,0 +1,1 @@
+"""A federation of machines that belong to different owners: their keys and certificates."""

@@ -1,0 +1,49 @@
+"""How machines and sites may be called."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+
+from fedpeft.errors import SiteError
+
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*")
+_NUMBERS = re.compile(r"[0-9.]+")
+_SITE = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+
+def check_hosts(hosts: Sequence[str]) -> None:
+    """Raise ``SiteError`` for what is neither the name of a host nor an address."""
+    for host in hosts:
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            named = _HOST.fullmatch(host) and len(host) <= 253
+            if not named or _NUMBERS.fullmatch(host):
+                raise SiteError(
+                    f"--server {host[:80]!r} is no name of a host and no address; write it "
+                    "without scheme and port, as in fl.example.org,10.0.0.5"
+                ) from None
+
+
+def check_sites(sites: Sequence[str]) -> None:
+    """Raise ``SiteError`` for a name that could be no file's on some machine, or is there twice."""
+    for site in sites:
+        if not _SITE.fullmatch(site):
+            raise SiteError(
+                f"--sites {site[:80]!r} is no name of a site; write small letters, digits, - and "
+                "_, beginning with a letter or digit"
+            )
+        if sites.count(site) > 1:
+            raise SiteError(f"--sites {site} is there twice")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port. Raises ``SiteError`` for anything but ``host:port``."""
+    host, _, port = address.rpartition(":")
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise SiteError(f"{address[:80]!r} is no address; write HOST:PORT or [IPV6]:PORT")
+    return host, int(port)
