@@ -89,8 +89,8 @@ def clipped_sums(
     ``SpecError`` where ``clip`` is not positive and finite. No record gives a sum of zero.
 
     ``owners`` [K * b] says which of its client's units, counted from 0, each row is of: then the
-    mean gradient of a unit's records is clipped, not each of them. All units' means are held at
-    a time.
+    mean gradient of a unit's records is clipped, not each of them. The rows of a unit may be
+    anywhere among its client's; those of ``chunk`` units, and one more, are held at a time.
 
     A record or unit whose norm is not finite contributes zero, and its norm says so. That is
     decided by itself alone and stays within the bound, so the sensitivity holds; an error would
@@ -164,33 +164,77 @@ def _clipped_units(
     chunk: int,
     owners: Sequence[int],
 ) -> Clipped:
-    """Clip the mean gradients of units; a client has equally many places for them as any other."""
-    clients, real = len(next(iter(params.values()))), batch.weights != 0
-    most = max(owners, default=-1) + 1
-    each = len(owners) // clients
-    where = torch.tensor(owners, device=real.device)
-    where = where + most * torch.arange(len(owners), device=real.device).div(
-        max(each, 1), rounding_mode="floor"
-    )
-    counts = torch.zeros(clients * most, dtype=_EXACT, device=real.device)
-    counts.index_add_(0, where, real.to(_EXACT))
-    sums = {n: v.new_zeros(clients * most, *v.shape[1:], dtype=_EXACT) for n, v in params.items()}
-    losses = [batch.weights.new_empty(0)]
+    """Clip the mean gradients of units, one after the other.
+
+    Rows are ordered by unit, so a pass has few units, and of one alone the next pass has more rows.
+    """
+    clients, most = len(next(iter(params.values()))), max(owners, default=-1) + 1
+    own = torch.tensor(owners, dtype=torch.int64, device=batch.weights.device)
+    each = max(1, len(owners) // clients)
+    unit = own + most * torch.arange(len(own), device=own.device).div(each, rounding_mode="floor")
+    order = unit.argsort(stable=True)
+    unit, batch = unit[order], _taken(batch, order)
+    sums, lengths = _zeros(params), [batch.weights.new_empty(0, dtype=_EXACT)]
+    losses, held = [batch.weights.new_empty(0)], _Units.none(params, own)
     for part in _parts(learner, params, fixed, batch, chunk):
-        for name, grad in part.grads.items():
-            sums[name].index_add_(0, where[part.rows], _kept(grad, part.real).to(_EXACT))
+        held = held.plus(unit[part.rows], part)
+        lengths.append(_add_clipped(sums, held.but_last(), clip, most))
+        held = held.last()
         losses.append(part.losses)
-    means = {n: v / _column(counts.clamp(min=1), v) for n, v in sums.items()}
+    lengths.append(_add_clipped(sums, held, clip, most))
+    back = torch.cat(losses)[order.argsort()]
+    return Clipped(_rounded(sums, params), sums, torch.cat(lengths), back)
+
+
+def _add_clipped(sums: Stacked, units: _Units, clip: float, most: int) -> torch.Tensor:
+    """Add the clipped means of units to their clients' ``sums``; return the norms of the means."""
+    means = {n: v / _column(units.counts.clamp(min=1), v) for n, v in units.totals.items()}
     flat = [torch.linalg.vector_norm(v.flatten(1), dim=1) for v in means.values()]
-    own = torch.linalg.vector_norm(torch.stack(flat), dim=0)
+    own: torch.Tensor = torch.linalg.vector_norm(torch.stack(flat), dim=0)
     factors = (clip / own).clamp(max=1.0)
-    found = {
-        n: _kept(v * _column(factors, v), own.isfinite())
-        .reshape(clients, most, *v.shape[1:])
-        .sum(1)
-        for n, v in means.items()
-    }
-    return Clipped(_rounded(found, params), found, own[counts > 0], torch.cat(losses))
+    for name, value in means.items():
+        scaled = _kept(value * _column(factors, value), own.isfinite())
+        sums[name].index_add_(0, units.keys.div(max(most, 1), rounding_mode="floor"), scaled)
+    return own[units.counts > 0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Units:
+    """Some units: which, in order, the sums of their records' gradients, and how many records."""
+
+    keys: torch.Tensor
+    totals: Stacked
+    counts: torch.Tensor
+
+    @classmethod
+    def none(cls, params: Stacked, keys: torch.Tensor) -> _Units:
+        totals = {n: v.new_zeros(0, *v.shape[1:], dtype=_EXACT) for n, v in params.items()}
+        return cls(keys[:0], totals, keys.new_zeros(0, dtype=_EXACT))
+
+    def plus(self, unit: torch.Tensor, part: _Part) -> _Units:
+        """Return these and the units of a pass, whose first one may be the last of these."""
+        every = torch.cat([self.keys, unit])
+        keys, at = every.unique_consecutive(return_inverse=True)  # type: ignore[no-untyped-call]
+        at, known = at[len(self.keys) :], len(self.keys)
+        totals = {n: v.new_zeros(len(keys), *v.shape[1:]) for n, v in self.totals.items()}
+        for name, value in totals.items():
+            value[:known] = self.totals[name]
+            value.index_add_(0, at, _kept(part.grads[name], part.real).to(_EXACT))
+        counts = self.counts.new_zeros(len(keys))
+        counts[:known] = self.counts
+        return _Units(keys, totals, counts.index_add_(0, at, part.real.to(_EXACT)))
+
+    def but_last(self) -> _Units:
+        """Return those of which no more records come."""
+        return self._some(slice(None, -1))
+
+    def last(self) -> _Units:
+        """Return the one of which more may come."""
+        return self._some(slice(-1, None))
+
+    def _some(self, which: slice) -> _Units:
+        totals = {n: v[which].clone() for n, v in self.totals.items()}
+        return _Units(self.keys[which], totals, self.counts[which])
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,13 +280,14 @@ def _cuts(
             yield slice(first, last), slice(first * each + start, (last - 1) * each + stop)
 
 
-def _taken(batch: Batch, rows: slice) -> Batch:
+def _taken(batch: Batch, rows: slice | torch.Tensor) -> Batch:
+    lengths = batch.lengths[rows] if isinstance(rows, slice) else [batch.lengths[r] for r in rows]
     return replace(
         batch,
         inputs={name: value[rows] for name, value in batch.inputs.items()},
         labels=batch.labels[rows],
         weights=batch.weights[rows],
-        lengths=batch.lengths[rows],
+        lengths=lengths,
     )
 
 

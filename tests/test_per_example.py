@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedpeft.adapters import _peft_folder
 from fedpeft.errors import ModelError, SpecError
@@ -426,3 +427,88 @@ def test_what_cannot_be_is_refused() -> None:
     for clip in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(SpecError, match=f"clip={clip} must be above 0 and finite"):
             clipped_sums(learner, params, {}, batch, clip=clip)
+
+
+# --- units ----------------------------------------------------------------------------------------
+
+
+class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees how many gradients in float64 any tensor has."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in found if isinstance(found, tuple | list) else [found]:
+            if (
+                isinstance(value, torch.Tensor)
+                and value.dtype == torch.float64
+                and value.dim() == 3
+            ):
+                self.most = max(self.most, len(value))
+        return found
+
+
+def _units_by_numpy(
+    table: NDArray[np.float64], owners: Sequence[int], real: Sequence[float], clip: float
+) -> tuple[NDArray[np.float64], list[float]]:
+    total, lengths = np.zeros(6), []
+    for unit in sorted({*owners}):
+        rows = [r for r, o in enumerate(owners) if o == unit and real[r]]
+        if not rows:
+            continue
+        each = np.concatenate([table[rows].reshape(-1, 4), table[rows][:, 0]], axis=1)
+        mean = each.mean(0)
+        lengths.append(float(np.linalg.norm(mean)))
+        total += mean * min(1.0, clip / lengths[-1])
+    return total, lengths
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100, 5000])
+@pytest.mark.parametrize(
+    ("clients", "each", "units"), [(1, 60, 60), (1, 2000, 3), (1, 1, 1), (3, 20, 6), (2, 31, 1)]
+)
+def test_units_are_clipped_whatever_rows_are_theirs(
+    clients: int, each: int, units: int, chunk: int
+) -> None:
+    rng = np.random.default_rng(clients * each + units)
+    rows = clients * each
+    table = rng.standard_normal((rows, 2, 2))
+    owners, real = rng.integers(0, units, rows).tolist(), (rng.random(rows) < 0.8).astype(float)
+    learner = Given(torch.tensor(table))
+    batch = learner.collate([{"input_ids": np.array([r])} for r in range(rows)], real.tolist())
+    params = {n: torch.zeros(clients, *s, dtype=torch.float64) for n, s in UNITS.items()}
+    with Watching() as watching:  # type: ignore[no-untyped-call]
+        found = clipped_sums(learner, params, {}, batch, clip=0.7, chunk=chunk, owners=owners)
+    assert watching.most <= max(min(chunk, rows) + 1, clients)
+    wanted = [
+        _units_by_numpy(table[s], owners[s], real[s].tolist(), 0.7)
+        for s in (slice(k * each, (k + 1) * each) for k in range(clients))
+    ]
+    assert _apart(_matrix(found.exact), np.stack([total for total, _ in wanted])) < 1e-12
+    lengths = [length for _, own in wanted for length in own]
+    np.testing.assert_allclose(found.norms, lengths, rtol=1e-12)
+    assert len(found.losses) == rows
+
+
+def test_losses_of_units_stay_in_the_order_of_rows() -> None:
+    class Telling(Given):
+        def grads(self, params: Any, fixed: Any, batch: Batch, seeds: Any = None) -> Any:
+            return super().grads(params, fixed, batch)[0], batch.labels.double()
+
+    learner = Telling(torch.ones(5, 2, 2))
+    batch = learner.collate([{"input_ids": np.array([r])} for r in range(5)], [1.0] * 5)
+    params = {n: torch.zeros(1, *s) for n, s in UNITS.items()}
+    found = clipped_sums(learner, params, {}, batch, clip=1.0, chunk=2, owners=[2, 0, 1, 0, 2])
+    assert found.losses.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_no_unit_gives_a_sum_of_zero() -> None:
+    learner = Given(torch.ones(1, 2, 2))
+    params = {n: torch.zeros(2, *s) for n, s in UNITS.items()}
+    found = clipped_sums(learner, params, {}, learner.collate([], []), clip=1.0, owners=[])
+    assert not _matrix(found.sums).any()
+    assert len(found.norms) == len(found.losses) == 0
+
+
+UNITS = {"x": (2, 2), "y": (2,)}
