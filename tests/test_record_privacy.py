@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import math
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from typer.testing import CliRunner
 
-from fedpeft import Plan, hiding, simulate
+from fedpeft import Plan, durable, hiding, simulate
 from fedpeft.cli import app
 from fedpeft.client_rounds import Asked, client_round, group_round
 from fedpeft.durable import MOMENTS
@@ -31,6 +32,7 @@ from fedpeft.engine.processes import Processes
 from fedpeft.errors import (
     BudgetError,
     DataError,
+    FedPeftError,
     ModelError,
     PlanError,
     RunError,
@@ -360,6 +362,69 @@ def test_a_round_played_again_is_the_same_release_and_another_broadcast_is_not(
     charge(ledgers, "d", FIRST, rounds=2)
     keys = {ledgers.read(client).key for client in "cd"}
     assert len(keys) == 2
+
+
+class Full:
+    """A disk that takes ``room`` more files of spending, and is full at one of its ``doings``."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, doing: str, room: int = 0) -> None:
+        self.room, self._own = room, durable._write
+        self._doing = doing
+        patch.setattr(durable, "_write", self._write)
+
+    def _write(self, path: Path, pieces: Any, kind: str, *how: Any) -> None:
+        data = b"".join(pieces)
+        self.room -= kind == "spending"
+        if kind != "spending" or self.room >= 0:
+            return self._own(path, [data], kind, *how)
+        full = OSError(errno.ENOSPC, "No space left on device")
+        if self._doing != "open":
+            path.write_bytes(data[: len(data) // 2] if self._doing == "write" else data)
+        raise full
+
+
+@pytest.mark.parametrize("doing", ["open", "write", "fsync"])
+def test_a_full_disk_lets_nothing_be_spent_that_is_not_written_down(
+    tmp_path: Path, doing: str
+) -> None:
+    ledgers = OnDiskLedgers(tmp_path)
+    key = charge(ledgers, "c", FIRST, rounds=9)
+    (path,) = tmp_path.glob("*.json")
+    before, more = path.read_bytes(), replace(FIRST, round=1)
+    with pytest.MonkeyPatch.context() as patch:
+        Full(patch, doing)
+        for client in "cd":
+            with pytest.raises(RunError, match=r"cannot be written \(No space left on device\)"):
+                charge(ledgers, client, more, rounds=9)
+        assert charge(ledgers, "c", FIRST, rounds=9) == key  # which has counted
+    assert path.read_bytes() == before
+    assert list(tmp_path.glob("*.json")) == [path]
+    charge(ledgers, "c", more, rounds=9)
+    assert [release.round for release in ledgers.read("c").releases] == [0, 1]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_who_finds_the_disk_full_does_not_train_and_has_spent_nothing(
+    bert: Path, tmp_path: Path, room: int
+) -> None:
+    """Where that is everybody the run ends, and goes on later; each round counts once."""
+    plan = private(bert, privacy=SECRET, rounds=2, cohort="everyone")
+    out, names = tmp_path / "run", deal(plan).population
+    with pytest.MonkeyPatch.context() as patch:
+        Full(patch, "write", room=len(names) + room)
+        if room:
+            simulate(plan, out=out)
+        else:
+            with pytest.raises(FedPeftError, match=r"No space left on device.*--resume"):
+                simulate(plan, out=out)
+    ledgers = OnDiskLedgers(out / "memory/ledgers")
+    made = sorted([r.round for r in ledger.releases] for _, ledger in ledgers.all())
+    assert made == [[0]] * (len(names) - room) + [[0, 1]] * room
+    assert len((out / "rounds.jsonl").read_text().splitlines()) == 1 + room
+    if not room:
+        simulate(plan, out=out, resume=True)
+        assert {len(ledger.releases) for _, ledger in ledgers.all()} == {2}
 
 
 def test_a_ledger_is_its_owner_s_alone_and_a_damaged_one_stops(tmp_path: Path) -> None:
