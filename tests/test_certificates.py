@@ -226,6 +226,45 @@ def test_a_making_that_was_cut_short_goes_on(
         assert len(contents(folder)) == 8
 
 
+def test_an_authority_whose_key_was_put_away_is_not_made_again(certs: Path, tmp_path: Path) -> None:
+    """Sites believe the one that they were given; another would lock them all out."""
+    (certs / "ca.key").rename(tmp_path / "ca.key")
+    made(certs, server="", sites="c")  # a site needs no signature
+    (certs / "server").rename(tmp_path / "server")
+    before = contents(certs)
+    with pytest.raises(SiteError, match=r"ca.key: is not here; put it back"):
+        made(certs, server="new.example.org", sites="")
+    made(tmp_path / "other", sites="a")
+    shutil.copy(tmp_path / "other" / "ca.key", certs)
+    with pytest.raises(SiteError, match=r"is not the key of ca.crt"):
+        made(certs, server="new.example.org", sites="")
+    (certs / "ca.key").unlink()
+    assert contents(certs) == before
+
+
+def test_a_certificate_that_is_gone_is_made_again_for_the_same_key(
+    certs: Path, tmp_path: Path
+) -> None:
+    keys = [certs / "ca.key", certs / "server" / "server.key"]
+    before = [path.read_bytes() for path in keys]
+    for gone in ("ca.crt", "server/ca.crt", "server/server.crt"):
+        (certs / gone).unlink()
+    made(certs, server="localhost", sites="")
+    assert [path.read_bytes() for path in keys] == before
+    with serving(certs / "server") as port:  # by the authority that the site was given before
+        handshake.probe("localhost", port, certs / "sites" / "a" / "ca.crt")
+
+
+def test_the_servers_copy_of_another_authority_stays(certs: Path, tmp_path: Path) -> None:
+    made(tmp_path / "other", sites="a")
+    (certs / "server" / "server.crt").unlink()
+    shutil.copy(tmp_path / "other" / "ca.crt", certs / "server")
+    before = contents(certs)
+    with pytest.raises(SiteError, match="is another authority's; move it away"):
+        made(certs, server="new.example.org", sites="")
+    assert contents(certs) == before
+
+
 def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "f"
     durable.create_file(path, b"one")

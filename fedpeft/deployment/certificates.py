@@ -50,8 +50,10 @@ def make(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int) ->
     if not hosts and not sites:
         raise SiteError("nothing to make: say --server HOST, --sites NAME,NAME or both")
     server = folder / "server"
-    if not (folder / "ca.key").exists() and not hosts:
-        raise SiteError(f"{folder}: holds no authority (ca.key); say --server HOST to begin one")
+    if not (folder / "ca.crt").exists() and not hosts:
+        raise SiteError(f"{folder}: holds no authority (ca.crt); say --server HOST to begin one")
+    if hosts and (folder / "ca.crt").exists():
+        _signer(folder)
     if hosts and (server / "server.crt").exists():
         known = load_certificate(server / "server.crt")
         raise SiteError(
@@ -79,9 +81,9 @@ def make(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int) ->
 
 
 def _make_authority(folder: Path) -> Iterator[str]:
-    if (folder / "ca.key").exists():
+    if (folder / "ca.crt").exists():
         return
-    key, now = ec.generate_private_key(_CURVE()), _now()
+    key, now = _key_in(folder / "ca.key"), _now()
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedpeft authority")])
     made = (
         _begun(name, name, key, AUTHORITY_DAYS, now)
@@ -90,20 +92,22 @@ def _make_authority(folder: Path) -> Iterator[str]:
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), False)
         .sign(key, hashes.SHA384())
     )
-    # the certificate first: an authority is there from its key on
-    (folder / "ca.crt").unlink(missing_ok=True)
     create_file(folder / "ca.crt", made.public_bytes(coded.Encoding.PEM))
-    create_file(folder / "ca.key", _pem(key))
     yield f"{folder / 'ca.key'}: a new authority, good until {_day(made)}; keep it to yourself"
 
 
 def _make_server(folder: Path, hosts: Sequence[str], days: int) -> Iterator[str]:
-    authority, signer = load_certificate(folder / "ca.crt"), _load_pem(folder / "ca.key")
+    authority, signer = load_certificate(folder / "ca.crt"), _signer(folder)
     now, place = _now(), folder / "server"
     if now + datetime.timedelta(days=days) > authority.not_valid_after_utc:
         left = (authority.not_valid_after_utc - now).days
         raise SiteError(f"--days {days}: its authority is good for {left} days more")
-    key = ec.generate_private_key(_CURVE())
+    root = (folder / "ca.crt").read_bytes()
+    if (place / "ca.crt").exists() and read(place / "ca.crt") != root:
+        raise SiteError(f"{place / 'ca.crt'}: is another authority's; move it away")
+    for each in (place, place / "sites"):
+        make_private_folder(each)
+    key = _key_in(place / "server.key")
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedpeft server")])
     known = [_general(host) for host in dict.fromkeys([*hosts, *_HERE])]
     made = (
@@ -117,12 +121,8 @@ def _make_server(folder: Path, hosts: Sequence[str], days: int) -> Iterator[str]
         )
         .sign(signer, hashes.SHA384())
     )
-    for each in (place, place / "sites"):
-        make_private_folder(each)
-    for cut in ("ca.crt", "server.key"):  # of a making that was cut short
-        (place / cut).unlink(missing_ok=True)
-    create_file(place / "ca.crt", (folder / "ca.crt").read_bytes())
-    create_file(place / "server.key", _pem(key))
+    if not (place / "ca.crt").exists():
+        create_file(place / "ca.crt", root)
     create_file(place / "server.crt", made.public_bytes(coded.Encoding.PEM))
     yield f"{place}: the server's, for {', '.join(hosts)}, good until {_day(made)}"
 
@@ -217,6 +217,29 @@ def _general(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
+
+
+def _key_in(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Return the key that a making which was cut short has left, else a new one, written there.
+
+    A certificate follows its key, never the other way round: no key is ever thrown away.
+    """
+    if path.exists():
+        return _load_pem(path)
+    key = ec.generate_private_key(_CURVE())
+    create_file(path, _pem(key))
+    return key
+
+
+def _signer(folder: Path) -> ec.EllipticCurvePrivateKey:
+    """Return an authority's key. Raises ``SiteError`` where it was put away, or is another's."""
+    place = folder / "ca.key"
+    if not place.exists():
+        raise SiteError(f"{place}: is not here; put it back to sign with it")
+    key = _load_pem(place)
+    if key.public_key() != load_certificate(folder / "ca.crt").public_key():
+        raise SiteError(f"{place}: is not the key of ca.crt; put back the one that is")
+    return key
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
