@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft import cli, durable
-from fedpeft.deployment import certificates, handshake
+from fedpeft.deployment import certificates, files, handshake
 from fedpeft.deployment.names import check_hosts, split_address
 from fedpeft.errors import FedPeftError, RunError, SiteError
 
@@ -138,10 +138,10 @@ def test_a_site_is_added_and_nothing_else_changes(certs: Path) -> None:
 def test_a_server_is_made_again_by_the_same_authority(certs: Path, tmp_path: Path) -> None:
     (certs / "server").rename(tmp_path / "old")
     made(certs, server="127.0.0.2,new.example.org", sites="")
-    found = certificates.load_certificate(certs / "server" / "server.crt")
+    found = files.load_certificate(certs / "server" / "server.crt")
     names = ["127.0.0.2", "new.example.org", "localhost", "127.0.0.1", "::1"]
-    assert certificates.names_in(found) == names
-    found.verify_directly_issued_by(certificates.load_certificate(certs / "ca.crt"))
+    assert files.names_in(found) == names
+    found.verify_directly_issued_by(files.load_certificate(certs / "ca.crt"))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives import serialization as coded
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedpeft.deployment.files import load_certificate, load_key, names_in, read
 from fedpeft.deployment.names import check_hosts, check_sites
 from fedpeft.durable import create_file, make_private_folder
 from fedpeft.errors import SiteError
@@ -141,43 +142,6 @@ def _make_site(folder: Path, site: str) -> Iterator[str]:
     yield f"{place}: the site's; its key does not expire, and is taken back at the server"
 
 
-def load_certificate(path: Path) -> x509.Certificate:
-    """Read a certificate in PEM. Raises ``SiteError`` where there is none."""
-    try:
-        return x509.load_pem_x509_certificate(read(path))
-    except ValueError:
-        raise SiteError(f"{path}: is no certificate (PEM)") from None
-
-
-def names_in(certificate: x509.Certificate) -> list[str]:
-    """Return the names and addresses that a certificate is for; none where it says none."""
-    try:
-        kind = x509.SubjectAlternativeName
-        return [str(n.value) for n in certificate.extensions.get_extension_for_class(kind).value]
-    except x509.ExtensionNotFound:
-        return []
-
-
-def read(path: Path, *, private: bool = False) -> bytes:
-    """Read a file; one that is ``private`` nobody but its owner may be able to read.
-
-    Raises ``SiteError`` where it is missing or cannot be read, or others can read it.
-    """
-    try:
-        if private and (mode := path.stat().st_mode & 0o077):
-            raise SiteError(
-                f"{path}: others than its owner may use it (mode {path.stat().st_mode & 0o777:o}, "
-                f"{'readable' if mode & 0o044 else 'writable'}); say chmod 600 {path}"
-            )
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise SiteError(f"{path}: no such file; see fedpeft certs") from None
-    except OSError as error:
-        if isinstance(error, SiteError):
-            raise
-        raise SiteError(f"{path}: cannot be read ({error.strerror})") from None
-
-
 def _begun(
     subject: x509.Name,
     issuer: x509.Name,
@@ -225,7 +189,7 @@ def _key_in(path: Path) -> ec.EllipticCurvePrivateKey:
     A certificate follows its key, never the other way round: no key is ever thrown away.
     """
     if path.exists():
-        return _load_pem(path)
+        return load_key(path)
     key = ec.generate_private_key(_CURVE())
     create_file(path, _pem(key))
     return key
@@ -236,7 +200,7 @@ def _signer(folder: Path) -> ec.EllipticCurvePrivateKey:
     place = folder / "ca.key"
     if not place.exists():
         raise SiteError(f"{place}: is not here; put it back to sign with it")
-    key = _load_pem(place)
+    key = load_key(place)
     if key.public_key() != load_certificate(folder / "ca.crt").public_key():
         raise SiteError(f"{place}: is not the key of ca.crt; put back the one that is")
     return key
@@ -244,16 +208,6 @@ def _signer(folder: Path) -> ec.EllipticCurvePrivateKey:
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(coded.Encoding.PEM, coded.PrivateFormat.PKCS8, coded.NoEncryption())
-
-
-def _load_pem(path: Path) -> ec.EllipticCurvePrivateKey:
-    try:
-        key = coded.load_pem_private_key(read(path, private=True), None)
-    except (ValueError, TypeError):
-        key = None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise SiteError(f"{path}: is no key that fedpeft certs has made")
-    return key
 
 
 def _day(certificate: x509.Certificate) -> str:

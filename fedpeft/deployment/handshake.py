@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from fedpeft.deployment.certificates import load_certificate
+from fedpeft.deployment.files import load_certificate
 from fedpeft.errors import SiteError
 
 _REASONS = {
