@@ -68,8 +68,10 @@ class Node:
         run = _run(packet)
         replies = Replies(home() / "replies" / run, log.warning)
         with _alone(home() / "clients" / run, client):
-            if (reply := replies.find(client, packet)) is None:
-                reply = self._played(dealt, place, client, packet)
+            memory, holds = self._remembered(dealt, client, packet)
+            reply = replies.find(client, packet) if holds else None
+            if reply is None:
+                reply = self._played(dealt, place, client, packet, memory)
                 replies.keep(client, packet, reply)
         return reply
 
@@ -92,15 +94,22 @@ class Node:
         self._dealt = None
         getattr(_base.load_base, "cache_clear", lambda: None)()
 
-    def _played(self, dealt: _Dealt, place: Place, client: str, packet: bytes) -> bytes:
-        plan, site, purse = dealt.plan, self._loaded(dealt), _purse(place)
-        store = OnDisk(home() / "clients" / _run(packet))
-        remembers = site.tables.stores or site.tables.keeps
-        memory = store.load(client) if remembers else Memory()
+    def _remembered(self, dealt: _Dealt, client: str, packet: bytes) -> tuple[Memory, bool]:
+        """Return a client's memory, and whether it holds all that playing the packet leaves."""
+        tables = self._loaded(dealt).tables
+        if not (tables.stores or tables.keeps):
+            return Memory(), True
+        memory = OnDisk(home() / "clients" / _run(packet)).load(client)
+        return memory, peek(packet).get("round") in memory.versions
+
+    def _played(
+        self, dealt: _Dealt, place: Place, client: str, packet: bytes, memory: Memory
+    ) -> bytes:
         _check_newest(client, packet, memory)
+        plan, site, purse = dealt.plan, self._loaded(dealt), _purse(place)
         reply, after = client_round(plan, site, client, packet, memory, purse)
-        if remembers and after is not memory:
-            store.save(client, after)
+        if after is not memory:
+            OnDisk(home() / "clients" / _run(packet)).save(client, after)
         return bytes(reply)
 
     def _let_go(self) -> None:
