@@ -29,6 +29,7 @@ from fedpeft.traffic import Bytes
 from fedpeft.types import (
     Asking,
     Metrics,
+    Paced,
     Population,
     Recalling,
     Scalar,
@@ -219,7 +220,9 @@ def _recall(
         return None
     if store is None:
         raise PlanError("weighting: counts last updates, and the server has no place to keep them")
-    return Recall(state.last, store, state.round, population)
+    progress = state.round / plan.rounds, (state.round + 1) / plan.rounds
+    pace = plan.trainer.pace(progress) if isinstance(plan.trainer, Paced) else 1.0
+    return Recall(state.last, store, state.round, population, pace)
 
 
 def _stepped(plan: Plan, tables: Tables, state: ServerState, step: Step) -> tuple[Tensors, Tensors]:

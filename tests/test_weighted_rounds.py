@@ -143,6 +143,37 @@ def test_whole_runs_are_those_of_the_rules(weighting: str, cohort: str) -> None:
     assert np.abs(x).max() > 0.1
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("weighting", ["mifa", "fedvarp"])
+def test_last_updates_count_at_the_present_rate(weighting: str, schedule: str) -> None:
+    """They are divided by the rate of their round, and count times that of the present one."""
+    trainer = f"plain(optimizer='sgd', lr={LR}, epochs=1, batch=1, schedule='{schedule}')"
+    plan = plan_of(weighting, trainer=trainer)
+    states = list(play(plan, learner(), ROUNDS, copies=COPIES, replying=replying))
+
+    def rate(at: float) -> float:
+        share = {"linear": 1 - at, "cosine": (1 + np.cos(np.pi * at)) / 2}[schedule]
+        return float(LR * share)
+
+    x, kept = np.zeros(WIDTH), np.zeros((CLIENTS, WIDTH))
+    for round, state in enumerate(states):
+        deltas = np.zeros((CLIENTS, WIDTH))
+        for i, steps in enumerate(COPIES):
+            y = x.copy()
+            for step in range(steps):
+                y -= rate((round + step / steps) / plan.rounds) * CURVES[i] * (y - PLACES[i])
+            deltas[i] = y - x
+        now, here = rate((round + 0.5) / plan.rounds), TRACE[round]
+        before = kept.copy()
+        kept[here] = deltas[here] / now
+        if weighting == "mifa":
+            x = x + now * kept.mean(0)
+        else:
+            x = x + (deltas - now * before)[here].sum(0) / CLIENTS + now * before.mean(0)
+        np.testing.assert_allclose(state.params["x"], x, rtol=2e-5, atol=2e-6)
+    assert np.abs(x).max() > 0.1
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_fednova_ends_where_equal_steps_would_and_fedavg_does_not(momentum: float) -> None:
     """Its fixed point is that of ``sum n_i d_i``: the normalised updates of all clients."""

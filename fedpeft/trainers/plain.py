@@ -94,6 +94,10 @@ class Plain:
             total += self._rate(progress, step / steps) * repeated
         return total
 
+    def pace(self, progress: tuple[float, float]) -> float:
+        """Return the rate at the middle of a round as a share of ``lr``."""
+        return self._rate(progress, 0.5) / self.lr
+
     def fit(self, job: Job) -> Fit:
         """Train K clients side by side; one with fewer steps leaves the others to go on.
 

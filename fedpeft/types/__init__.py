@@ -50,7 +50,7 @@ from fedpeft.types.privacy import Privacy
 from fedpeft.types.sampling import Cohort, Drawn, Sampled, Sampling
 from fedpeft.types.schedules import Converting, Flight, Schedule, Stale, Standing
 from fedpeft.types.simulation import Availability, Crowd, Latency, Presence, Simulation
-from fedpeft.types.training import Fit, Job, Personal, Summing, Trainer
+from fedpeft.types.training import Fit, Job, Paced, Personal, Summing, Trainer
 
 __all__ = [
     "Adapter",
@@ -85,6 +85,7 @@ __all__ = [
     "Observing",
     "Packet",
     "Partition",
+    "Paced",
     "Personal",
     "Population",
     "Presence",

@@ -109,6 +109,18 @@ class Summing(Protocol):
 
 
 @runtime_checkable
+class Paced(Protocol):
+    """What a trainer has besides whose learning rate may change over the run."""
+
+    def pace(self, progress: tuple[float, float]) -> float:
+        """Return the rate at the middle of a round as a share of the run's highest: above 0.
+
+        1 where the rate stays. ``progress`` is the job's.
+        """
+        ...
+
+
+@runtime_checkable
 class Personal(Protocol):
     """``personal/``: an adapter of each client's own, beside the shared one. It never travels.
 

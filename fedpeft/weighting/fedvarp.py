@@ -16,7 +16,8 @@ class FedVarp:
 
     ``x += sum_S (delta_i - y_i) / |S| + mean_N(y)`` with ``y_i`` the last update of client i, zero
     before its first one: unbiased where all are asked as often, and of less variance than the
-    cohort's mean. The server keeps all ``y_i``, on its disk.
+    cohort's mean. The server keeps all ``y_i``, on its disk; where the learning rate falls, they
+    count at the present one, a case that the paper does not have.
     """
 
     recalls: ClassVar[bool] = True

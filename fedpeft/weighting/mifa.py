@@ -15,8 +15,8 @@ class Mifa:
     """The mean of the last updates of all N clients, those of this round among them.
 
     ``x += sum_S (delta_i - y_i) / N + mean_N(y)`` with ``y_i`` the last update of client i, zero
-    before its first one. The server keeps all ``y_i``, on its disk. The paper divides updates by
-    the learning rate before it keeps them: the same, unless the rate falls.
+    before its first one. The server keeps all ``y_i``, on its disk, divided by the learning rate of
+    their round, and counts them at the present one, as in the paper.
     """
 
     recalls: ClassVar[bool] = True
