@@ -116,7 +116,7 @@ def test_killed_and_resumed_is_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [f for f in FAULTS if not f.startswith("spending")])
+@pytest.mark.parametrize("fault", [f for f in FAULTS if not f.startswith(("spending", "reply"))])
 def test_killed_at_every_point_and_resumed_is_the_same(
     runs: Runs, whole: Whole, tmp_path: Path, fault: str
 ) -> None:
