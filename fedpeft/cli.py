@@ -290,24 +290,32 @@ def certs(
     ] = "",
     sites: Annotated[str, typer.Option(metavar="NAME,...", help="sites to make keys for")] = "",
     days: Annotated[int, typer.Option(min=1, help="for which a new certificate is good")] = 730,
+    owner: Annotated[
+        str, typer.Option(metavar="NAME", help="whose key signs runs; needs no authority")
+    ] = "",
     probe: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="try a server's certificate instead")
     ] = "",
 ) -> None:
-    """Make an authority, a server's certificate and sites' keys; overwrite nothing."""
+    """Make an authority, a server's certificate, sites' and owners' keys; overwrite nothing."""
     from fedpeft.deployment.certificates import make
     from fedpeft.deployment.handshake import probe as shake
     from fedpeft.deployment.names import split_address
 
-    if probe and (server or sites):
-        raise PlanError("--probe: makes nothing; leave out --server and --sites")
+    if probe and (server or sites or owner):
+        raise PlanError("--probe: makes nothing; leave out --server, --sites and --owner")
     if probe:
         good = shake(*split_address(probe), out / "ca.crt")
         typer.echo(f"{probe}: the server of this authority, its certificate good until {good:%F}")
         return
     hosts, names = ([w.strip() for w in text.split(",") if text] for text in (server, sites))
-    for line in make(out, hosts, names, days):
-        typer.echo(line)
+    if server or sites or not owner:
+        for line in make(out, hosts, names, days):
+            typer.echo(line)
+    if owner:
+        from fedpeft.deployment.signing import make_owner
+
+        typer.echo(make_owner(out, owner))
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ def make(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int) ->
     check_hosts(hosts)
     check_sites(sites)
     if not hosts and not sites:
-        raise SiteError("nothing to make: say --server HOST, --sites NAME,NAME or both")
+        raise SiteError("nothing to make: say --server HOST, --sites NAME,NAME or --owner NAME")
     server = folder / "server"
     if not (folder / "ca.crt").exists() and not hosts:
         raise SiteError(f"{folder}: holds no authority (ca.crt); say --server HOST to begin one")

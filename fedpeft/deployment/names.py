@@ -11,7 +11,7 @@ from fedpeft.errors import SiteError
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 _NUMBERS = re.compile(r"[0-9.]+")
-_SITE = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
 def check_hosts(hosts: Sequence[str]) -> None:
@@ -31,13 +31,22 @@ def check_hosts(hosts: Sequence[str]) -> None:
 def check_sites(sites: Sequence[str]) -> None:
     """Raise ``SiteError`` for a name that could be no file's on some machine, or is there twice."""
     for site in sites:
-        if not _SITE.fullmatch(site):
-            raise SiteError(
-                f"--sites {site[:80]!r} is no name of a site; write small letters, digits, - and "
-                "_, beginning with a letter or digit"
-            )
+        _check_name("--sites", "a site", site)
         if sites.count(site) > 1:
             raise SiteError(f"--sites {site} is there twice")
+
+
+def check_owner(owner: str) -> None:
+    """Raise ``SiteError`` for a name that could be no folder's on some machine."""
+    _check_name("--owner", "an owner", owner)
+
+
+def _check_name(option: str, whose: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise SiteError(
+            f"{option} {name[:80]!r} is no name of {whose}; write small letters, digits, - and "
+            "_, beginning with a letter or digit"
+        )
 
 
 def split_address(address: str) -> tuple[str, int]:
