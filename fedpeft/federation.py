@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from fedpeft.errors import DataError, FedPeftError, PlanError, RunError
 from fedpeft.plan import Plan
 from fedpeft.rng import derive
-from fedpeft.spec import nearest
-from fedpeft.types import Crowd, Population, Row, Splits
+from fedpeft.spec import describe, nearest
+from fedpeft.types import Crowd, Population, Row, Scattered, Splits
 
 
 class Dealt(Mapping[str, NDArray[np.int64]]):
@@ -118,6 +118,12 @@ def deal(plan: Plan) -> Federation:
 
     Raises ``DataError`` or ``PlanError`` naming the line of the plan.
     """
+    if isinstance(plan.data, Scattered):
+        raise PlanError(
+            f"data: the records of {describe(plan.data)} lie at its sites, and not here; to "
+            "simulate it say data='jsonl(train=...)' with the records of all and "
+            "partition='by_field(field=...)' with the column that says whose they are"
+        )
     try:
         splits = plan.data.load()
         classes = tuple(plan.task.classes(splits.train))
@@ -177,11 +183,18 @@ def _numbered(
     return np.array([places.setdefault(str(x), len(places)) for x in labels], np.int32)
 
 
+def held_count(records: int, share: float) -> int:
+    """Return how many of a client's records a ``holdout`` of this share sets aside.
+
+    At least one where any is asked for, and never the only one.
+    """
+    count = int(share * records)
+    return max(1, count) if share and records > 1 else count
+
+
 def _hold_out(
     plan: Plan, client: str, rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    count = int(plan.holdout * len(rows))
-    if plan.holdout and len(rows) > 1:
-        count = max(1, count)
+    count = held_count(len(rows), plan.holdout)
     shuffled = derive(plan.seed, "holdout", client).permutation(rows)
     return np.sort(shuffled[count:]), np.sort(shuffled[:count])

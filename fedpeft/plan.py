@@ -36,6 +36,7 @@ from fedpeft.types import (
     Trainer,
     Weighting,
 )
+from fedpeft.yaml_file import read_mapping
 
 PARTS: Mapping[str, str] = {
     "task": "tasks",
@@ -221,31 +222,7 @@ def check_real(plan: Plan) -> None:
 
 def read_lines(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of plan lines. Raises ``PlanError`` naming the file and the place."""
-    import yaml
-
-    class _Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [key.value for key, _ in node.value]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{twice[0]!r} is given twice", problem_mark=node.start_mark
-                )
-            return super().construct_mapping(node, deep)
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        found = yaml.load(text, _Loader)
-    except FileNotFoundError:
-        raise PlanError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: cannot be read ({error})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise PlanError(f"{where}: not YAML ({getattr(error, 'problem', error)})") from None
-    if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
-        raise PlanError(f"{path}: a plan is a list of lines 'name: value'")
-    return found
+    return read_mapping(path, PlanError, "a plan")
 
 
 _SCALARS: Mapping[str, tuple[type, bool]] = {

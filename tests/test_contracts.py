@@ -37,6 +37,7 @@ SAMPLES = {
     "data/imagefolder": "imagefolder(train='a')",
     "data/jsonl": "jsonl(train='a.jsonl')",
     "data/npz": "npz(file='a.npz')",
+    "data/sites": "sites(names='a')",
     "privacy/chain": "user(noise_multiplier=1.0) | record(noise_multiplier=1.0)",
     "privacy/record": "record(noise_multiplier=1.0)",
     "privacy/user": "user(noise_multiplier=1.0)",
@@ -51,6 +52,7 @@ NO_PAPER = {
     *("codecs/chain", "codecs/half", "codecs/raw"),
     *("cohorts/everyone", "partitions/iid", "weighting/uniform"),
     *("data/csv", "data/embedded", "data/hub", "data/imagefolder", "data/jsonl", "data/npz"),
+    "data/sites",
     *("tasks/causal_lm", "tasks/classify", "tasks/classify_images"),
     *(
         "engine/inline",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.errors import RunError
+from fedpeft.errors import PlanError, RunError
 from fedpeft.federation import Dealt, Federation, deal
 from fedpeft.types import Splits
 from tests.tiny import support_plan
@@ -73,3 +73,10 @@ def test_ten_thousand_clients_are_a_few_bytes_each() -> None:
     assert len(told) < clients * (8 * each + 40)
     assert pickle.loads(told).splits.test is None
     assert pickle.loads(told).held["client-09999"].tolist() == [79_992]
+
+
+def test_records_that_lie_elsewhere_are_not_dealt(tmp_path: Path) -> None:
+    plan = support_plan(tmp_path / "bert", data="sites(names='a,b')")
+    with pytest.raises(PlanError, match=r"lie at its sites.*by_field") as caught:
+        deal(plan)
+    assert "data='jsonl(train=...)'" in str(caught.value)

@@ -10,17 +10,19 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import is_dataclass, replace
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedpeft.errors import DataError, SpecError
-from fedpeft.types import Row, Splits
+from fedpeft.types import Filed, Row, Source, Splits
 
 FOLDER_VARIABLE = "FEDPEFT_DATA"
 DEFAULT_FOLDER = "../shared/data"
 _GZIP_MAGIC = b"\x1f\x8b"
+_Source = TypeVar("_Source", bound=Source)
 _Rows = TypeVar("_Rows", bound=Sequence[Row])
 
 
@@ -99,6 +101,39 @@ def find_folder(name: str) -> Path:
     if found := next((p for p in places if os.path.exists(p)), None):
         raise DataError(f"{found} is a file; name a folder")
     raise DataError(f"cannot find the folder {_looked(name, places)}; {_remedy(places)}")
+
+
+def is_folder(name: str) -> bool:
+    """Tell whether ``name`` means a folder; see :func:`find`."""
+    return any(os.path.isdir(place) for place in _places(name))
+
+
+def beside(source: _Source, folder: Path) -> _Source:
+    """Return ``source`` with its relative paths taken from ``folder``, there or not."""
+    if not (isinstance(source, Filed) and is_dataclass(source)):
+        return source
+    given = {name: getattr(source, name) for name in source.files}
+    found = {name: _beside(text, folder) for name, text in given.items() if text is not None}
+    return replace(source, **found)
+
+
+def each(source: Source) -> Iterator[tuple[str, Source]]:
+    """Yield every file of training records with a source of it alone; of others, one without name.
+
+    So a record can be named by its file and its row in it.
+    """
+    given = getattr(source, "train", None)
+    if not (isinstance(source, Filed) and is_dataclass(source) and isinstance(given, str)):
+        yield "", source
+        return
+    alone: dict[str, Any] = {"test": None} if "test" in source.files else {}
+    for name in [given] if os.path.exists(given) else _names(given):
+        yield name, replace(source, train=name, **alone)
+
+
+def _beside(text: str, folder: Path) -> str:
+    names = [text] if (folder / os.path.expanduser(text)).exists() else _names(text)
+    return ",".join(str(folder / os.path.expanduser(name)) for name in names)
 
 
 def fingerprint_rows(train: Sequence[Row], test: Sequence[Row] | None) -> str:

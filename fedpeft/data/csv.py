@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import ClassVar
 
 from fedpeft.data import _files
 from fedpeft.errors import DataError, SpecError
@@ -31,6 +32,8 @@ class Csv:
     train: str
     test: str | None = None
     delimiter: str = ","
+
+    files: ClassVar[Sequence[str]] = ("train", "test")
 
     def check(self) -> None:
         """Refuse empty paths and delimiters that the format gives another meaning."""

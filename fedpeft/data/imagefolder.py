@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fedpeft.data import _files
 from fedpeft.data._images import ENDINGS, REMEDY, Pictures, is_image
@@ -30,6 +30,8 @@ class ImageFolder:
 
     train: str
     test: str | None = None
+
+    files: ClassVar[Sequence[str]] = ("train", "test")
 
     def check(self) -> None:
         """Refuse empty names."""

@@ -6,7 +6,7 @@ import json
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, overload
+from typing import ClassVar, NoReturn, overload
 
 from fedpeft.data import _files
 from fedpeft.errors import DataError
@@ -28,6 +28,8 @@ class Jsonl:
 
     train: str
     test: str | None = None
+
+    files: ClassVar[Sequence[str]] = ("train", "test")
 
     def check(self) -> None:
         """Refuse empty paths."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ class Npz:
     """
 
     file: str
+
+    files: ClassVar[Sequence[str]] = ("file",)
 
     def check(self) -> None:
         """Refuse an empty name."""

@@ -6,12 +6,12 @@ import ipaddress
 import re
 from collections.abc import Sequence
 
+from fedpeft.data._site_names import RULE, is_site
 from fedpeft.errors import SiteError
 
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 _NUMBERS = re.compile(r"[0-9.]+")
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
 def check_hosts(hosts: Sequence[str]) -> None:
@@ -42,11 +42,8 @@ def check_owner(owner: str) -> None:
 
 
 def _check_name(option: str, whose: str, name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise SiteError(
-            f"{option} {name[:80]!r} is no name of {whose}; write small letters, digits, - and "
-            "_, beginning with a letter or digit"
-        )
+    if not is_site(name):
+        raise SiteError(f"{option} {name[:80]!r} is no name of {whose}; {RULE}")
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -56,3 +53,11 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise SiteError(f"{address[:80]!r} is no address; write HOST:PORT or [IPV6]:PORT")
     return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host is this machine and nobody else's way to it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -43,7 +43,7 @@ from fedpeft.types.basics import (
 )
 from fedpeft.types.codecs import Codec, Compensating, Differing, Packet
 from fedpeft.types.corrections import Correction, Local
-from fedpeft.types.data import Partition, Source, Splits, Task
+from fedpeft.types.data import Filed, Partition, Scattered, Source, Splits, Task
 from fedpeft.types.models import Attached, Batch, Dropout, Learner
 from fedpeft.types.presets import Preset
 from fedpeft.types.privacy import Privacy
@@ -53,6 +53,7 @@ from fedpeft.types.simulation import Availability, Crowd, Latency, Presence, Sim
 from fedpeft.types.training import Fit, Job, Paced, Personal, Summing, Trainer
 
 __all__ = [
+    "FEATURES",
     "Adapter",
     "Aggregator",
     "Asking",
@@ -70,7 +71,7 @@ __all__ = [
     "Drawn",
     "Dropout",
     "Example",
-    "FEATURES",
+    "Filed",
     "Fit",
     "Flight",
     "Folding",
@@ -83,9 +84,9 @@ __all__ = [
     "Metrics",
     "Narrowing",
     "Observing",
+    "Paced",
     "Packet",
     "Partition",
-    "Paced",
     "Personal",
     "Population",
     "Presence",
@@ -100,6 +101,7 @@ __all__ = [
     "Sampled",
     "Sampling",
     "Scalar",
+    "Scattered",
     "Schedule",
     "Sent",
     "ServerOptimizer",

@@ -34,6 +34,28 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class Filed(Protocol):
+    """What a source has besides that reads files or folders."""
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The names of its fields that hold paths, perhaps several with commas between them."""
+        ...
+
+
+@runtime_checkable
+class Scattered(Protocol):
+    """What a source has besides whose training records lie at the clients, each with its own.
+
+    What it loads has no training records; its fingerprint is that of the server's own test set.
+    """
+
+    def clients(self) -> Sequence[str]:
+        """Return the names of the clients, sorted."""
+        ...
+
+
+@runtime_checkable
 class Partition(Protocol):
     """``partitions/``: how a simulation deals records to clients."""
 
