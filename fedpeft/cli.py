@@ -211,7 +211,7 @@ def spent(
     ],
     delta: Annotated[float, typer.Option(help="of the promise")] = 1e-5,
 ) -> None:
-    """Tell what clients have spent of their records' privacy, in all runs their ledgers have."""
+    """Tell what clients have spent of their privacy, in all runs their ledgers have."""
     from fedpeft import ledger
     from fedpeft.errors import RunError
 
@@ -220,8 +220,8 @@ def spent(
     for line in ledger.spent(folder, delta, lambda text: typer.echo(f"warning: {text}", err=True)):
         typer.echo(
             f"{line['client']}  epsilon {line['epsilon']:.3f} at delta {delta:g} in "
-            f"{line['rounds']} rounds of {line['runs']} runs; hidden: {line['unit']}; data "
-            f"{line['data']}"
+            f"{line['rounds']} rounds of {line['runs']} runs; hidden: {line['unit']} "
+            f"from {line['adversary']}; data {line['data']}"
         )
 
 

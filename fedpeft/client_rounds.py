@@ -11,18 +11,18 @@ from typing import Protocol
 
 import numpy as np
 
-from fedpeft import hiding
+from fedpeft import spending
 from fedpeft.client_training import Trained, finished, fitted
 from fedpeft.errors import FedPeftError, TrainError, WireError
 from fedpeft.folds import assembled
 from fedpeft.grouping import Grouping
-from fedpeft.hiding import Purse
 from fedpeft.local_models import after_round
 from fedpeft.memory import Memory
 from fedpeft.missed_rounds import made_up, to_remember
 from fedpeft.plan import Plan
 from fedpeft.residuals import still_owed, with_owed
 from fedpeft.rng import derive, derive_seed
+from fedpeft.spending import Purse
 from fedpeft.tables import Tables, limit
 from fedpeft.tensors import clipped, is_finite, norm, prefixed, select, shapes_of
 from fedpeft.types import (
@@ -205,7 +205,7 @@ def group_round(
 def _key(plan: Plan, site: Client, asked: Asked, got: Received) -> bytes:
     """Return the key of what hides the client's records; from now on its round has counted."""
     run, depends = str(got.told.get("run", "")), (got.tensors, got.extras, got.kept)
-    return hiding.key_of(plan, site, asked.client, (run, got.round), depends, asked.purse)
+    return spending.key_of(plan, site, asked.client, (run, got.round), depends, asked.purse)
 
 
 def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: Trained) -> Played:

@@ -1,11 +1,9 @@
-"""The client's half of a promise: who are its units, how it steps, its coins, what it may say."""
+"""The client's half of a promise about records: its units, how it steps, what it may say."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from weakref import WeakSet
 
@@ -13,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.data._batching import lengths_of
-from fedpeft.errors import BudgetError, PlanError
-from fedpeft.ledger import Ledgers, Release, charge
+from fedpeft.errors import PlanError
 from fedpeft.plan import Plan
 from fedpeft.rng import derive
 from fedpeft.tensors import padded
@@ -26,8 +23,6 @@ if TYPE_CHECKING:
 
 _MOVED = 0.02
 """By how much tensors are moved to see the gradients of all: half of a fresh LoRA's are zero."""
-_KEY = 32
-"""Bytes of a round's key."""
 
 
 @runtime_checkable
@@ -39,17 +34,14 @@ class Holder(Protocol):
         """Of the data set."""
         ...
 
+    @property
+    def population(self) -> Population:
+        """All clients of the plan, each with the number of its training records."""
+        ...
+
     def members(self, client: str) -> Sequence[NDArray[np.int64]]:
         """Return the client's training records, counted from 0, unit by unit."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Purse:
-    """Where a client's spending is kept, and the (epsilon, delta) that its site allows."""
-
-    ledgers: Ledgers
-    limit: tuple[float, float] | None = None
 
 
 def stepping_of(plan: Plan, units: int) -> Stepping | None:
@@ -63,60 +55,14 @@ def units_of(plan: Plan, site: Client, client: str) -> int:
     """Return how many units a client's steps are of: records, unless privacy has others."""
     if plan.privacy.unit is None:
         return len(site.train(client))
-    return len(_holder(site).members(client))
-
-
-def key_of(
-    plan: Plan,
-    site: Client,
-    client: str,
-    broadcast: tuple[str, int],
-    depends: Sequence[Tensors],
-    purse: Purse | None,
-) -> bytes:
-    """Return the key of a client's round, which has counted then; none where nothing is hidden.
-
-    ``broadcast`` is its run and round, ``depends`` all that training depends on beside the plan and
-    the data. The plan counts, too: the same noise under another clip or rate would tell the
-    gradients' difference. Raises ``BudgetError`` where it would be one too many, where nobody would
-    know, or where its site has a limit and nothing would be hidden.
-    """
-    step, (run, round) = stepping_of(plan, units_of(plan, site, client)), broadcast
-    if purse is not None and purse.limit is not None and not (step and plan.privacy.secret):
-        raise BudgetError(
-            f"its site allows epsilon {purse.limit[0]:g}, and this plan hides no records; say "
-            "privacy: record(epsilon=...), without simulate_noise=true"
-        )
-    if step is None:
-        return b""
-    if not plan.privacy.secret:
-        return derive(plan.seed, round, client, "steps").bytes(_KEY)
-    if purse is None:
-        raise BudgetError("has no ledger to write down what it spends of its privacy")
-    release = Release(
-        data=_holder(site).fingerprint,
-        run=run,
-        round=round,
-        broadcast=_digest(plan.digest(), depends),
-        unit=str(step.told()["unit"]),
-        rate=step.rate,
-        noise=step.noise_multiplier,
-        steps=step.steps,
-    )
-    return charge(purse.ledgers, client, release, rounds=step.rounds, limit=purse.limit)
-
-
-def check_evaluation(plan: Plan, purse: Purse) -> None:
-    """Raise ``BudgetError`` where metrics on a client's held-out records are not to leave it."""
-    if purse.limit is not None or (plan.privacy.hides and plan.privacy.secret):
-        raise BudgetError("metrics on held-out records are not noised, so none leave this node")
+    return len(holder(site).members(client))
 
 
 def hidden(plan: Plan, site: Client, keys: Mapping[str, bytes]) -> list[Hidden]:
     """Return the steps of each client's round; nothing where nothing is hidden."""
     if not plan.privacy.hides:
         return []
-    each = {client: _holder(site).members(client) for client in keys}
+    each = {client: holder(site).members(client) for client in keys}
     steps = {client: stepping_of(plan, len(members)) for client, members in each.items()}
     return [step.hidden(keys[c], each[c]) for c, step in steps.items() if step is not None]
 
@@ -150,7 +96,8 @@ def check_records(plan: Plan, site: Client, client: str, tensors: Tensors, round
         _checked.add(site.learner)
 
 
-def _holder(site: Client) -> Holder:
+def holder(site: Client) -> Holder:
+    """Return the process as one that knows its clients' units. Raises ``PlanError`` for others."""
     if not isinstance(site, Holder):
         raise PlanError("privacy: this process does not know its clients' units")
     return site
@@ -240,14 +187,3 @@ def warnings(plan: Plan, units: Population, scattered: int) -> Iterator[str]:
         )
     if plan.warm_start is not None and plan.privacy.bound == math.inf:
         yield "privacy: the promise does not cover what warm_start was trained on"
-
-
-def _digest(plan: str, depends: Sequence[Tensors]) -> str:
-    found = hashlib.blake2b(plan.encode(), digest_size=16)
-    for tensors in depends:
-        for name in sorted(tensors):
-            value = np.ascontiguousarray(tensors[name])
-            found.update(f"{name}:{value.dtype.str}:{value.shape};".encode())
-            found.update(value.tobytes())
-        found.update(b"|")
-    return found.hexdigest()

@@ -1,4 +1,4 @@
-"""What a client has spent of its records' privacy: one file, across rounds, runs and restarts.
+"""What a client has spent of its privacy: one file, across rounds, runs and restarts.
 
 A round counts before its training begins, so one that is cut short has counted. Its secret key is
 made from the ledger's own and from all that its training depends on: the same round, played again,
@@ -22,13 +22,16 @@ from fedpeft.durable import file_name, is_file_name, make_folder, replace_file, 
 from fedpeft.errors import BudgetError, RunError
 
 _KEY = 32
+CLIENT = "client"
+"""The unit of what a client spends of all its records as one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
     """One round's training on a data set: of which run and broadcast, and what it takes.
 
-    ``rate``, ``noise`` and ``steps`` are those of its steps; ``unit`` says whom they hide.
+    ``rate``, ``noise`` and ``steps`` are those of its steps; ``unit`` says whom they hide: of its
+    records by its own noise, or the client itself (``CLIENT``) by the server's.
     """
 
     data: str
@@ -40,6 +43,20 @@ class Release:
     noise: float
     steps: int
 
+    @property
+    def of(self) -> tuple[str, str, int, str]:
+        """What was trained on, and from what: equal where several units are hidden at once."""
+        return self.data, self.run, self.round, self.broadcast
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """A release, how many of its unit there may be in its run, and a site's (epsilon, delta)."""
+
+    release: Release
+    rounds: int
+    limit: tuple[float, float] | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
@@ -48,13 +65,16 @@ class Ledger:
     key: bytes = field(default_factory=partial(secrets.token_bytes, _KEY))
     releases: Sequence[Release] = ()
 
-    def rounds(self, run: str) -> int:
-        """Return how many releases there were in a run."""
-        return sum(release.run == run for release in self.releases)
+    def rounds(self, run: str, unit: str) -> int:
+        """Return how many releases there were in a run: of its records, or as a ``CLIENT``."""
+        own = (release for release in self.releases if release.run == run)
+        return sum((release.unit == CLIENT) == (unit == CLIENT) for release in own)
 
-    def units(self, data: str) -> list[str]:
-        """Return whom the releases of a data set hide: units of one kind, or of several."""
-        return sorted({release.unit for release in self.releases if release.data == data})
+    def others(self, data: str, unit: str) -> list[str]:
+        """Return whom those rounds on a data set hide that do not hide this ``unit``."""
+        hidden = {release.of for release in self.releases if release.unit == unit}
+        own = (release for release in self.releases if release.data == data)
+        return sorted({release.unit for release in own if release.of not in hidden})
 
     def epsilon(self, data: str, delta: float, unit: str | None = None) -> float:
         """Return what all releases of a data set have spent together at ``delta``, by PLD.
@@ -194,10 +214,18 @@ def spent(
                 "client": client,
                 "data": data[:12],
                 "unit": unit,
+                "adversary": _adversary(unit),
                 "runs": len({release.run for release in own}),
                 "rounds": len(own),
                 "epsilon": ledger.epsilon(data, delta, unit),
             }
+
+
+def _adversary(unit: str) -> str:
+    """Return from whom a release hides its unit."""
+    if unit == CLIENT:
+        return "readers of released models, where the server adds the noise"
+    return "the server, other clients and readers of the model"
 
 
 def charge(
@@ -208,38 +236,48 @@ def charge(
     rounds: int,
     limit: tuple[float, float] | None = None,
 ) -> bytes:
-    """Write ``release`` down, unless it is, and return its key.
+    """Write ``release`` down, unless it is, and return its key; see :func:`charge_all`."""
+    return charge_all(ledgers, client, [Charge(release, rounds, limit)])[0]
 
-    Raises ``BudgetError`` where the run has made ``rounds`` others, or where the data set's epsilon
-    would be above a site's ``limit`` (epsilon, delta) or unknown, since other units were hidden
-    before; nothing is written then.
+
+def charge_all(ledgers: Ledgers, client: str, charges: Sequence[Charge]) -> list[bytes]:
+    """Write what one round releases down, unless it is, and return a key of each release.
+
+    Raises ``BudgetError`` where a run would have made more releases of a kind than it may, or where
+    the data set's epsilon would be above a site's limit or unknown, since rounds before have not
+    hidden the same unit; nothing is written then.
     """
     from fedpeft.privacy._stepping import derived
 
     with ledgers.alone(client):
         ledger = ledgers.read(client)
-        if release not in ledger.releases:
-            after = Ledger(ledger.key, [*ledger.releases, release])
-            _check(after, rounds, limit)
+        if new := [each for each in charges if each.release not in ledger.releases]:
+            after = Ledger(ledger.key, [*ledger.releases, *(each.release for each in new)])
+            for each in new:
+                _check(after, each)
             ledgers.write(client, after)
-    return derived(ledger.key, json.dumps(asdict(release), sort_keys=True))
+    told = [json.dumps(asdict(each.release), sort_keys=True) for each in charges]
+    return [derived(ledger.key, text) for text in told]
 
 
-def _check(after: Ledger, rounds: int, limit: tuple[float, float] | None) -> None:
-    """Raise ``BudgetError`` where the last release of a ledger is one too many."""
-    last = after.releases[-1]
-    if after.rounds(last.run) > rounds:
+def _check(after: Ledger, charge: Charge) -> None:
+    """Raise ``BudgetError`` where a ledger's newest ``charge`` is one too many."""
+    last, limit = charge.release, charge.limit
+    if after.rounds(last.run, last.unit) > charge.rounds:
         raise BudgetError(
-            f"has taken part in the {rounds} rounds that its promise is for, and trains no more in "
-            "this run"
+            f"has taken part in the {charge.rounds} rounds that its promise is for, and trains no "
+            "more in this run"
         )
-    if limit is not None and len(kinds := after.units(last.data)) > 1:
+    if limit is None:
+        return
+    if kinds := after.others(last.data, last.unit):
         raise BudgetError(
-            f"has spent privacy of the same records with another unit ({', '.join(kinds)}), and "
-            "what both come to is not known; its site has a limit"
+            f"has spent privacy of the same records with another unit ({', '.join(kinds)}) than "
+            f"{last.unit}, and what both come to is not known; its site has a limit"
         )
-    if limit is not None and (spent := after.epsilon(last.data, limit[1])) > limit[0]:
+    if (spent := after.epsilon(last.data, limit[1], last.unit)) > limit[0]:
+        what = "as a client" if last.unit == CLIENT else "of these records"
         raise BudgetError(
-            f"would have spent epsilon {spent:.3f} at delta {limit[1]:g} of these records, and its "
-            f"site allows {limit[0]:g}"
+            f"would have spent epsilon {spent:.3f} at delta {limit[1]:g} {what}, and its site "
+            f"allows {limit[0]:g}"
         )

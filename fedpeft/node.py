@@ -24,13 +24,13 @@ from fedpeft.evaluation import group_evaluation
 from fedpeft.federation import Federation, deal
 from fedpeft.flower import Hello, log
 from fedpeft.flower_config import Settings, home, read_config
-from fedpeft.hiding import Purse, check_evaluation
 from fedpeft.ledger import OnDiskLedgers
 from fedpeft.memory import Memory, OnDisk
 from fedpeft.models import _base
 from fedpeft.plan import Plan
 from fedpeft.replies import Replies
 from fedpeft.site import Site
+from fedpeft.spending import Purse, check_evaluation
 from fedpeft.types import Metrics, Scalar
 from fedpeft.warm.channel import Place
 from fedpeft.wire import peek
@@ -178,18 +178,23 @@ def _check_newest(client: str, packet: bytes, memory: Memory) -> None:
 def _purse(place: Place) -> Purse:
     """Return where this node's clients write down what they spend, in whatever run.
 
-    Its ``max-epsilon``, at its ``max-delta``, is what all runs together may spend of a data set.
+    Its ``max-epsilon``, at its ``max-delta``, is what all runs together may spend of a data set's
+    records, ``max-client-epsilon`` what they may of all of them as one client's.
     """
-    most, delta = (place.node.get(k) for k in ("max-epsilon", "max-delta"))
-    ledgers = OnDiskLedgers(home() / "ledgers")
+    records, client = _limit(place, "max-epsilon"), _limit(place, "max-client-epsilon")
+    return Purse(OnDiskLedgers(home() / "ledgers"), records, client, is_apart=True)
+
+
+def _limit(place: Place, name: str) -> tuple[float, float] | None:
+    """Return the epsilon that a node allows, and its delta. Raises ``RunError``."""
+    most, delta = place.node.get(name), place.node.get("max-delta", 1e-5)
     if most is None:
-        return Purse(ledgers)
+        return None
     if not isinstance(most, int | float) or isinstance(most, bool) or not 0 < most < math.inf:
-        raise RunError(f"this node's max-epsilon={most!r} is no number above 0")
-    delta = 1e-5 if delta is None else delta
+        raise RunError(f"this node's {name}={most!r} is no number above 0")
     if not isinstance(delta, float) or not 0 < delta < 1:
         raise RunError(f"this node's max-delta={delta!r} is no number between 0 and 1")
-    return Purse(ledgers, (float(most), delta))
+    return float(most), delta
 
 
 def _run(packet: bytes) -> str:

@@ -26,7 +26,7 @@ from fedpeft.plan import Plan
 from fedpeft.tables import Tables
 from fedpeft.token_cache import cached, is_ours, key_of
 from fedpeft.tokens import Tokens, pack
-from fedpeft.types import Example, Informed, Probing, Row, Tensors
+from fedpeft.types import Example, Informed, Population, Probing, Row, Tensors
 
 Encode: TypeAlias = Callable[[Sequence[Row]], Sequence[Example]]
 
@@ -156,6 +156,11 @@ class Site:
     def fingerprint(self) -> str:
         """Return that of the data set."""
         return self.federation.splits.fingerprint
+
+    @property
+    def population(self) -> Population:
+        """Return all clients of the plan, each with the number of its training records."""
+        return self.federation.population
 
     def members(self, client: str) -> Sequence[NDArray[np.int64]]:
         """Return the training records of ``client``, counted from 0, unit by unit."""

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft import Plan, hiding, simulate
+from fedpeft import Plan, hiding, simulate, spending
 from fedpeft.errors import BudgetError, ModelError, RunError
 from fedpeft.federation import deal
-from fedpeft.hiding import Purse
 from fedpeft.ledger import InProcessLedgers, OnDiskLedgers, Release, charge
 from fedpeft.per_example import check
 from fedpeft.site import Site
+from fedpeft.spending import Purse
 from fedpeft.stacking import stack
 from fedpeft.tasks.classify import Classify
 from fedpeft.types import Stacked, Tensors
@@ -96,10 +96,10 @@ def test_two_plans_in_one_run_never_share_a_key(bert: Path, site: Site) -> None:
         private(bert, adapter="lora(r=2, alpha=64)"),
     ]
     for plan in [replace(p, rounds=9) for p in plans]:
-        keys.add(hiding.key_of(plan, site, "client-000", ("run", 0), [site.initial], purse))
+        keys.add(spending.key_of(plan, site, "client-000", ("run", 0), [site.initial], purse))
     assert len(keys) == len(plans)
     again = replace(plans[0], rounds=9, compare="base")  # says nothing of how clients train
-    assert hiding.key_of(again, site, "client-000", ("run", 0), [site.initial], purse) in keys
+    assert spending.key_of(again, site, "client-000", ("run", 0), [site.initial], purse) in keys
     assert len(purse.ledgers.read("client-000").releases) == len(plans)
 
 
@@ -111,9 +111,9 @@ def test_a_site_with_a_limit_takes_no_plan_whose_noise_the_server_knows(
 ) -> None:
     purse = Purse(InProcessLedgers(), (3.0, 1e-5))
     with pytest.raises(BudgetError, match=r"allows epsilon 3, and .*simulate_noise"):
-        hiding.key_of(private(bert, privacy=SEEDED), site, "client-000", ("r", 0), [], purse)
+        spending.key_of(private(bert, privacy=SEEDED), site, "client-000", ("r", 0), [], purse)
     free = Purse(InProcessLedgers())
-    assert hiding.key_of(private(bert, privacy=SEEDED), site, "client-000", ("r", 0), [], free)
+    assert spending.key_of(private(bert, privacy=SEEDED), site, "client-000", ("r", 0), [], free)
 
 
 @pytest.mark.parametrize("key", ["", "00", "00" * 31, "00" * 33])

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from typer.testing import CliRunner
 
-from fedpeft import Plan, durable, hiding, simulate
+from fedpeft import Plan, durable, hiding, simulate, spending
 from fedpeft.cli import app
 from fedpeft.client_rounds import Asked, client_round, group_round
 from fedpeft.durable import MOMENTS
@@ -41,7 +41,6 @@ from fedpeft.errors import (
 )
 from fedpeft.federation import deal
 from fedpeft.grouping import Grouping
-from fedpeft.hiding import Purse
 from fedpeft.ledger import InProcessLedgers, Ledger, OnDiskLedgers, Release, charge, spent
 from fedpeft.memory import InProcess, Memory
 from fedpeft.per_example import clipped_sums
@@ -52,6 +51,7 @@ from fedpeft.privacy._stepping import Stepping, calibrated, coins
 from fedpeft.rng import derive
 from fedpeft.site import Site
 from fedpeft.spec import build, describe
+from fedpeft.spending import Purse
 from fedpeft.stacking import stack
 from fedpeft.tasks.classify import Classify
 from fedpeft.types import Example, Job, Tensors
@@ -525,13 +525,15 @@ def test_a_site_with_a_limit_takes_no_plan_that_hides_nothing(bert: Path, site: 
     plan = private(bert, privacy="none")
     purse = Purse(InProcessLedgers(), (3.0, 1e-5))
     with pytest.raises(BudgetError, match="allows epsilon 3, and this plan hides no records"):
-        hiding.key_of(plan, site, "client-000", ("run", 0), [], purse)
-    assert hiding.key_of(plan, site, "client-000", ("run", 0), [], Purse(InProcessLedgers())) == b""
+        spending.key_of(plan, site, "client-000", ("run", 0), [], purse)
+    assert (
+        spending.key_of(plan, site, "client-000", ("run", 0), [], Purse(InProcessLedgers())) == b""
+    )
 
 
 def test_without_a_ledger_nothing_is_spent(bert: Path, site: Site) -> None:
     with pytest.raises(BudgetError, match="has no ledger"):
-        hiding.key_of(private(bert, privacy=SECRET), site, "client-000", ("run", 0), [], None)
+        spending.key_of(private(bert, privacy=SECRET), site, "client-000", ("run", 0), [], None)
 
 
 def test_one_client_out_of_budget_does_not_stop_the_others(bert: Path) -> None:

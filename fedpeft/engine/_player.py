@@ -13,10 +13,10 @@ from fedpeft.engine._allocator import keep_freed_memory
 from fedpeft.errors import FedPeftError, GroupError, TrainError
 from fedpeft.evaluation import group_evaluation
 from fedpeft.grouping import Grouping
-from fedpeft.hiding import Purse
 from fedpeft.memory import MemoryStore
 from fedpeft.out_of_memory import is_out_of_memory, release
 from fedpeft.site import Site
+from fedpeft.spending import Purse
 from fedpeft.tensors import size
 from fedpeft.types import Metrics
 from fedpeft.wire import Message, peek

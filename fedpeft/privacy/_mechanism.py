@@ -67,6 +67,15 @@ class Mechanism:
             share -= 1 / (2 * self.adaptive.noise) ** 2
         return self.sensitivity / math.sqrt(share)
 
+    @property
+    def unamplified(self) -> float:
+        """The noise multiplier of a round for a client that is known to be asked in it.
+
+        Neighbours differ by what it sends: its update, or nothing. It is that of all the round
+        releases, where cohorts of a fixed size have noise for two clients.
+        """
+        return self.noise_multiplier * self.sensitivity
+
     def epsilon(self, rounds: int) -> float:
         """Return what so many rounds have spent, by the accountant that counts."""
         return _accountant.epsilon(self.sampling, self.noise_multiplier, rounds, self.delta)
