@@ -30,7 +30,8 @@ class Checkpoint:
     """The state after a round, the best adapter so far and the round's ledger line.
 
     ``clock`` is when the round was over, ``flying`` whose replies the next one waits for.
-    ``replied`` is who took part in it, which is not kept.
+    ``replied`` is who took part in it and ``course`` what of it the plan does not decide; they are
+    not kept.
     """
 
     state: ServerState
@@ -40,6 +41,7 @@ class Checkpoint:
     clock: float = 0.0
     flying: Sequence[Flight] = ()
     replied: Sequence[str] = ()
+    course: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, digest: str) -> None:

@@ -78,6 +78,41 @@ def run(
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run on Flower")],
+    lines: Lines = None,
+    out: Annotated[Path | None, typer.Option(help="run folder [default: RUN-replayed]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a replay, if any")] = False,
+    engine: EngineSpec = "inline(group=1)",
+    device: Device = "cpu",
+    threads: Threads = None,
+    log: Log = LogForm.text,
+) -> None:
+    """Simulate a run of real machines as it went, and tell whether its adapter is the same."""
+    from fedpeft.plan import Plan
+    from fedpeft.replay import replay as again
+    from fedpeft.replay import threads_of
+
+    found = Plan.from_yaml(run / "plan.yaml", _overrides(lines))
+    folder, place = out or run.with_name(f"{run.name}-replayed"), _engine(engine, threads)
+    from fedpeft.terminal import show_run
+
+    _prepare(device, threads or threads_of(run))
+
+    with show_run(folder, log) as watch:
+        replayed = again(
+            run, found, out=folder, resume=resume, engine=place, device=device, watch=watch
+        )
+        watch.finish(replayed.result)
+    if not replayed.differ:
+        typer.echo(f"{run}: the same adapter, bit for bit")
+        return
+    name, most = max(replayed.differ.items(), key=lambda item: item[1])
+    typer.echo(f"{run}: {len(replayed.differ)} tensors differ, most {name} by {most:g}")
+    raise typer.Exit(1)
+
+
+@app.command()
 def plan(
     plan: PlanFile,
     lines: Lines = None,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from fedpeft import events
 from fedpeft.errors import RunError
 from fedpeft.phases import Reply
-from fedpeft.post import Post
+from fedpeft.post import Came, Post
 from fedpeft.rng import derive
 from fedpeft.types import Flight, Schedule, Standing
 
@@ -23,7 +24,7 @@ class Course:
 
     ``choose`` says who of those within reach is the cohort. ``send`` carries requests to ``post``,
     which says when replies come. ``versions`` says with which version of the model those clients
-    began whose replies are used.
+    began whose replies are used; ``came`` is all that was waited for, ``None`` where time passed.
     """
 
     schedule: Schedule
@@ -34,6 +35,7 @@ class Course:
     seed: int
     stands: Standing
     versions: dict[str, int] = field(default_factory=dict)
+    came: list[Came | None] = field(default_factory=list)
 
     def ask(self) -> None:
         """Ask whom the schedule wants asked now."""
@@ -49,6 +51,19 @@ class Course:
         expected = max(len(self.stands.asked), self.stands.awaited)
         return in_order(answers, order, lambda done: tell(min(done, expected), expected))
 
+    def told(self, population: Iterable[str]) -> Mapping[str, Any]:
+        """Return what of this round does not follow from the plan: who was away, what came when."""
+        there = frozenset(self.reachable)
+        return {
+            "round": self.stands.version,
+            "began": self.stands.began,
+            "away": [client for client in population if client not in there],
+            "came": [
+                c and [c.client, c.version, c.now, *([c.problem] if c.problem else [])]
+                for c in self.came
+            ],
+        }
+
     def _taken(self) -> Iterator[Flight]:
         """Yield whose replies are used, as they come."""
         while not events.is_full(self.stands):
@@ -57,6 +72,7 @@ class Course:
                 return
             until = self.schedule.until(self.stands)
             came = self.post.wait(until)
+            self.came.append(came)
             if came is None:
                 self.stands = events.wait(self.schedule, self.stands, until)
                 continue

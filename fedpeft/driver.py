@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from fedpeft.spec import build
 from fedpeft.state import start
 from fedpeft.types import Metrics, Simulation, Tensors
 from fedpeft.watching import Line, Quiet, Watch
+
+Posted = Callable[[Engine, int], Post]
+"""Makes what carries messages of an engine's clients, from the next round on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +73,14 @@ def simulate(
     device: str = "cpu",
     engine: str | Simulation = "inline",
     watch: Watch | None = None,
+    posted: Posted | None = None,
 ) -> Result:
     """Run ``plan`` with all its clients on this machine, or on the cluster of ``engine``.
 
     With ``out`` the run leaves a folder behind (see ``run_folder.py``) and can be resumed after a
     kill with the same result, bit for bit. ``engine`` says where clients run, such as
-    ``"inline(group=16)"``. Raises ``FedPeftError`` for what the user can mend.
+    ``"inline(group=16)"``; ``posted`` says what carries messages, by default a simulated clock.
+    Raises ``FedPeftError`` for what the user can mend.
     """
     checked, watch = check(plan), watch or Quiet()
     simulation: Simulation = build("engine", engine) if isinstance(engine, str) else engine
@@ -90,7 +95,7 @@ def simulate(
                 Stage(site, InProcess(), None, watch.warn, watch.seen, device)
             ) as running,
         ):
-            return drive(plan, site, running, None, watch)
+            return drive(plan, site, running, None, watch, posted)
     texts = encode(plan, federation)  # a text that cannot be used leaves no folder behind
     inputs, federation = input_digests(plan, federation), federation.without_rows()
     del checked
@@ -107,18 +112,25 @@ def simulate(
                 Stage(site, folder.memories, folder.path, watch.warn, watch.seen, device)
             ) as running,
         ):
-            return drive(plan, site, running, folder, watch)
+            return drive(plan, site, running, folder, watch, posted)
 
 
-def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watch: Watch) -> Result:
+def drive(
+    plan: Plan,
+    site: Site,
+    engine: Engine,
+    folder: RunFolder | None,
+    watch: Watch,
+    posted: Posted | None = None,
+) -> Result:
     """Run the rounds that are left, export the adapter and write the final table."""
     attendance = Attendance(plan, site.federation.crowd(plan.seed))
     stores = (folder.updates, folder.found) if folder else (InProcess(), InProcess())
-    post = engine if isinstance(engine, Post) else Simulated(engine, attendance.seconds)
     name = folder.run if folder else uuid.uuid4().hex
-    run = Run(plan, site, engine, folder, watch, name, attendance, post, *stores)
     found = folder.load() if folder else None
     at = found or Checkpoint(start(plan, site.tables, site.initial))
+    post = _post(engine, attendance, at.state.round, posted)
+    run = Run(plan, site, engine, folder, watch, name, attendance, post, *stores)
     if folder and not found and plan.privacy.secret:
         folder.begin(at)
     post.start(at.clock)
@@ -139,6 +151,12 @@ def drive(plan: Plan, site: Site, engine: Engine, folder: RunFolder | None, watc
     if folder:
         folder.finish(table)
     return Result(plan, table, run.history, tensors, folder.path if folder else None)
+
+
+def _post(engine: Engine, attendance: Attendance, round: int, posted: Posted | None) -> Post:
+    if posted:
+        return posted(engine, round)
+    return engine if isinstance(engine, Post) else Simulated(engine, attendance.seconds)
 
 
 def _rounds(run: Run, at: Checkpoint, board: Board) -> Checkpoint:

@@ -133,7 +133,8 @@ def one_round(run: Run, at: Checkpoint) -> Checkpoint:
     best, params = _best(plan, at, after, line)
     line["seconds"] = round(time.perf_counter() - began, 3)
     flying, replied = course.stands.flying, report.replied
-    found = Checkpoint(after, best, params, line, run.post.clock, flying, replied)
+    told = course.told(population) if run.engine.remote and not plan.privacy.secret else {}
+    found = Checkpoint(after, best, params, line, run.post.clock, flying, replied, told)
     found = _ended(found) if is_over(plan, found) else found
     return replace(found, line=published(plan, found.line))
 

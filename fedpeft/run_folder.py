@@ -5,6 +5,7 @@
     run.json         id, digest and lines of the plan: the mark of a started run
     plan.yaml        the resolved plan, to be read and run again
     rounds.jsonl     one line per round
+    course.jsonl     of machines that come and go: who was there, and what came when
     checkpoints/     the server's state, the newest two
     memory/          what clients keep (control variates, private heads), what they have spent
     updates/         the last update of each client, where the weighting counts them
@@ -25,7 +26,7 @@ import math
 import os
 import platform
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +37,7 @@ import yaml
 from fedpeft.checkpoint import Checkpoint, drop_old, load_checkpoint, save_checkpoint
 from fedpeft.durable import acquire, append_line, replace_file
 from fedpeft.errors import RunError
-from fedpeft.json_lines import mapping, whole_lines
+from fedpeft.json_lines import mapping, read_lines
 from fedpeft.memory import OnDisk
 from fedpeft.plan import Plan
 
@@ -127,10 +128,11 @@ class RunFolder:
                 f"{self.path}/rounds.jsonl: does not hold the {done} rounds of the checkpoint, "
                 "one a line; restore the file or start again in another folder"
             )
-        text = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        ledger = self.path / "rounds.jsonl"
-        if (ledger.read_bytes() if ledger.exists() else b"") != text:
-            replace_file(ledger, [text], "ledger")
+        self._bring("rounds.jsonl", lines)
+        if courses := read_lines(self.path / "course.jsonl"):
+            self._bring(
+                "course.jsonl", [line for line in courses if line.get("round", done) < done]
+            )
         drop_old(self.path / "checkpoints")
         return found
 
@@ -140,20 +142,14 @@ class RunFolder:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Make a round durable: first the state, which carries the line, then the line."""
+        if checkpoint.course:
+            append_line(self.path / "course.jsonl", json.dumps(dict(checkpoint.course)), "ledger")
         save_checkpoint(self.path / "checkpoints", checkpoint, self.digest)
         append_line(self.path / "rounds.jsonl", json.dumps(dict(checkpoint.line)), "ledger")
 
     def history(self) -> list[dict[str, Any]]:
         """Return the whole lines of ``rounds.jsonl``; a last one cut short is left out."""
-        path = self.path / "rounds.jsonl"
-        if not path.exists():
-            return []
-        found = []
-        for i, line in enumerate(whole_lines(path.read_bytes())):
-            if line is None:
-                raise RunError(f"{path}:{i + 1}: no JSON object; restore the line")
-            found.append(line)
-        return found
+        return read_lines(self.path / "rounds.jsonl")
 
     def compared(self) -> dict[str, Any]:
         """Return the comparisons that are done."""
@@ -175,6 +171,12 @@ class RunFolder:
         if self.plan.privacy.secret:
             drop_old(self.path / "checkpoints", kept=1)
         self._write("result.json", result, "result")
+
+    def _bring(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Let a file of lines hold just these."""
+        path, text = self.path / name, "".join(json.dumps(line) + "\n" for line in lines).encode()
+        if (path.read_bytes() if path.exists() else b"") != text:
+            replace_file(path, [text], "ledger")
 
     def _take_up(self, inputs: tuple[str, ...], *, resume: bool) -> str:
         known = self._read("run.json")

@@ -97,7 +97,7 @@ def test_every_field_is_saved(tmp_path: Path) -> None:
         *("learned", "last", "past", "coins"),
     ]
     assert [f.name for f in dataclasses.fields(Checkpoint)] == [
-        *("state", "best", "best_params", "line", "clock", "flying", "replied")
+        *("state", "best", "best_params", "line", "clock", "flying", "replied", "course")
     ]
     assert [f.name for f in dataclasses.fields(Best)] == ["value", "round", "stale"]
 
