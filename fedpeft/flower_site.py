@@ -1,0 +1,143 @@
+"""A site's SuperNode, with a check of each run before anything of it is kept, unpacked or run.
+
+Flower 1.41 takes whatever bundle the server has for a run, and runs it in a process of its own. It
+can only ask for signatures of Flower's hub. So the function by which it pulls a message is wrapped:
+a run that this node has not seen is fetched first, its bundle and configuration checked, and what
+was checked is what Flower then gets. What is leaned on is checked at the start, and in tests.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flwr.app import Error, Message
+from flwr.common.config import get_fused_config_from_fab
+
+from fedpeft.deployment.signing import hash_of, verify
+from fedpeft.errors import FedPeftError, SiteError
+from fedpeft.flower import REFUSED, log
+from fedpeft.types import Scalar
+
+_PULL, _INSERT = "_pull_and_store_message", "_insert_message"
+_GIVEN = ("state", "object_store", "receive", "get_run", "get_fab")
+"""Arguments of Flower's function that are used here; others are passed on."""
+
+
+def supernode(arguments: Sequence[str], owners: Sequence[Path] | None) -> NoReturn:
+    """Be a SuperNode with the arguments of ``flower-supernode``, until it ends.
+
+    Only runs that one of ``owners`` (files of public keys) signed get onto this machine; ``None``
+    takes whatever the server sends. Raises ``SiteError`` where this version of Flower is not known.
+    """
+    from flwr.supernode import start_client_internal as flower
+    from flwr.supernode.cli import flower_supernode
+
+    guard(flower, Admission(owners))
+    sys.argv = ["flower-supernode", *arguments]
+    flower_supernode()
+    # Flower returns where its connection broke, and its other threads would go on for ever
+    os._exit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a run has to bring; call it with the run and its bundle as the server sent them."""
+
+    owners: Sequence[Path] | None
+
+    def __call__(self, run: Any, bundle: Any) -> None:
+        """Raise ``SiteError`` with the reason where it is not taken."""
+        found = hash_of(bundle.content)
+        if not found == bundle.hash_str == run.fab_hash:
+            raise SiteError("the server sent another app than the run names")
+        config = _config(run, bundle.content)
+        if self.owners is not None:
+            verify(config, found, self.owners)
+
+
+def guard(flower: Any, admit: Callable[[Any, Any], None]) -> None:
+    """Have ``flower``, the module of the SuperNode's loop, ask ``admit`` about each run first.
+
+    Raises ``SiteError`` where the module is not as it was in the versions that are known.
+    """
+    pull, insert = getattr(flower, _PULL, None), getattr(flower, _INSERT, None)
+    parameters = inspect.signature(pull).parameters if pull else {}
+    if not pull or not insert or not set(_GIVEN) <= set(parameters):
+        from flwr.supercore.version import package_version
+
+        raise SiteError(
+            f"flwr {package_version}: pulls messages otherwise than the versions that fedpeft "
+            "knows, so signatures could not be checked; install flwr 1.41"
+        )
+    setattr(flower, _PULL, _Guarded(pull, insert, admit))
+
+
+class _Guarded:
+    """Flower's function that pulls a message, behind a check of the run that it is of."""
+
+    def __init__(
+        self,
+        pull: Callable[..., int | None],
+        insert: Callable[..., None],
+        admit: Callable[[Any, Any], None],
+    ) -> None:
+        self._pull, self._insert, self._admit = pull, insert, admit
+        self._known: dict[int, tuple[Any, Any]] = {}
+        self._message: Message | None = None
+
+    def __call__(self, **given: Any) -> int | None:
+        """Pull a message as Flower does; answer it with the reason where its run is not taken."""
+        receive, get_run, get_fab = (given[name] for name in _GIVEN[2:])
+        self._message = None
+
+        def received() -> Any:
+            found = receive()
+            if found is not None:
+                self._message = found[0]
+                self._meet(found[0].metadata.run_id, get_run, get_fab)
+            return found
+
+        # what was checked and nothing else: a server might send another the second time
+        checked = {
+            "receive": received,
+            "get_run": lambda run_id: self._known[run_id][0],
+            "get_fab": lambda _, run_id: self._known[run_id][1],
+        }
+        try:
+            return self._pull(**{**given, **checked})
+        except FedPeftError as why:
+            message = self._message
+            if message is None:
+                raise
+            log.warning("run %d is refused: %s", message.metadata.run_id, why)
+            refusal = Message(Error(REFUSED, str(why)), reply_to=message)
+            self._insert(refusal, given["state"], given["object_store"])
+            return int(message.metadata.run_id)
+
+    def _meet(
+        self, run_id: int, get_run: Callable[[int], Any], get_fab: Callable[[str, int], Any]
+    ) -> None:
+        if run_id in self._known:
+            return
+        run = get_run(run_id)
+        bundle = get_fab(run.fab_hash, run_id)
+        self._admit(run, bundle)
+        self._known[run_id] = run, bundle
+
+
+def _config(run: Any, bundle: bytes) -> Mapping[str, Scalar]:
+    """Return the run-config as Flower will give it to the app.
+
+    Raises ``SiteError`` for a bundle that is none: the SuperNode would end over it.
+    """
+    try:
+        found: Mapping[str, Scalar] = get_fused_config_from_fab(bundle, run)
+    except Exception as error:  # whatever reading a stranger's archive may lead to
+        raise SiteError(f"the run's app or configuration cannot be read ({error})") from None
+    return found
