@@ -19,6 +19,7 @@ from pathlib import Path
 
 import fedpeft
 from fedpeft.client_rounds import Asked, client_round
+from fedpeft.deployment.here import check_signed
 from fedpeft.errors import RunError, WireError
 from fedpeft.evaluation import group_evaluation
 from fedpeft.federation import Federation, deal
@@ -121,6 +122,7 @@ class Node:
         key = tuple(sorted(place.run.items()))
         if self._dealt is None or self._dealt[0] != key:
             self._dealt = None
+            check_signed(place.run)  # a plan may name code, which reading it would import
             self._dealt = key, _Dealt.of(place.run)
         return self._dealt[1]
 

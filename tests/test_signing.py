@@ -309,3 +309,37 @@ def test_what_no_run_config_holds_is_not_signed(certs: Path, value: Any) -> None
     for app in ("", "abc", APP.upper(), APP + "\n"):
         with pytest.raises(SiteError, match="is no SHA-256"):
             sign(key(certs), CONFIG, app)
+
+
+# --- at the trainer ------------------------------------------------------------------------------
+
+
+def test_a_node_reads_nothing_of_a_plan_that_no_owner_signed(
+    certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedpeft.node import Node
+    from fedpeft.warm.channel import Place
+
+    (tmp_path / "booby.py").write_text("raise SystemExit('a stranger is in')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config: dict[str, Any] = {"model": "m", "task": "booby:Trap", "rounds": 1}
+    file = tmp_path / "client.yaml"
+    base = "{site: a, server: '127.0.0.1:1', insecure: true"
+    file.write_text(f"{base}, owners: [{pub(certs)}]}}")
+    monkeypatch.setenv("FEDPEFT_CLIENT", str(file))
+    place = Place({**config, "signer": "", "signature": ""}, {})
+    asks: list[Callable[[], Any]] = [
+        lambda: Node().hello(place),
+        lambda: Node().train(place, "a", b""),
+        lambda: Node().evaluate(place, "a", b""),
+    ]
+    for ask in asks:
+        with pytest.raises(SiteError, match=r"is not signed, .* its owners sign \(alice\)"):
+            ask()
+    with pytest.raises(SiteError, match="a line was changed"):
+        Node().hello(Place({**signed(certs, config), "rounds": 2}, {}))
+    with pytest.raises(SystemExit, match="a stranger is in"):  # signed, it is read
+        Node().hello(Place(signed(certs, config), {}))
+    file.write_text("rubbish: [")
+    with pytest.raises(SiteError):
+        Node().hello(Place(signed(certs, config), {}))
