@@ -129,10 +129,9 @@ class RunFolder:
                 "one a line; restore the file or start again in another folder"
             )
         self._bring("rounds.jsonl", lines)
-        if courses := read_lines(self.path / "course.jsonl"):
-            self._bring(
-                "course.jsonl", [line for line in courses if line.get("round", done) < done]
-            )
+        if (course := self.path / "course.jsonl").exists():
+            played = [line for line in read_lines(course) if line.get("round", done) < done]
+            self._bring(course.name, played)
         drop_old(self.path / "checkpoints")
         return found
 

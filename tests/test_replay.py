@@ -147,12 +147,12 @@ def test_a_round_that_was_cut_short_is_in_the_record_once(bert: Path, tmp_path: 
     plan = support_plan(bert, **SCAFFOLD)
     played(plan, tmp_path / "whole", failing)
     lines = (tmp_path / "whole" / "course.jsonl").read_text().splitlines(keepends=True)
-    for torn in (lines[2], lines[2][:9]):
-        out = tmp_path / f"torn-{len(torn)}"
+    for torn, end in ((lines[2], 9), (lines[2][:9], 9), (lines[0][:9], 1)):
+        out = tmp_path / f"torn-{len(torn)}-{end}"
         short = FakeGrid(config_of(plan, out=str(out)), nodes=4)
 
-        def killed(count: int) -> None:
-            if count == 9:
+        def killed(count: int, end: int = end) -> None:
+            if count == end:
                 raise KeyboardInterrupt
 
         before_each_push(short, killed)
