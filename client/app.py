@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedpeft.faults import fault
 from fedpeft.flower import (
     addressee,
     answer,
@@ -50,7 +51,9 @@ def train(message: Message, context: Context) -> Message:
     def make() -> RecordDict:
         place, client = _place(context), addressee(message.content)
         packet = read_packet(message.content)
-        return packet_record(_done(lambda trainer: trainer.train(place, client, packet)))
+        reply = _done(lambda trainer: trainer.train(place, client, packet))
+        fault("reply.unsent")
+        return packet_record(reply)
 
     return answer(message, make)
 

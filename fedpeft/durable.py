@@ -1,7 +1,6 @@
 """Writing that survives a kill at any moment, and the list of moments at which tests kill it.
 
-``FEDPEFT_FAULT="checkpoint.synced"`` (or ``"checkpoint.synced:3"`` for the third time) ends the
-process with SIGKILL there; ``FAULTS`` names every such point.
+``FAULTS`` names every such point; see ``faults.py`` for how a process is killed there.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import fcntl
 import hashlib
 import os
 import re
-import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fedpeft.errors import RunError
+from fedpeft.faults import fault
 
 KINDS = (
     "plan",
@@ -41,18 +40,6 @@ _AT_ONCE = 8
 
 _GLANCES, _GLANCE = 4, 0.02
 """How often, after how many seconds, a lock is asked for: who looks has it for microseconds."""
-
-_passed: dict[str, int] = {}
-
-
-def fault(point: str) -> None:
-    """Kill this process here if ``FEDPEFT_FAULT`` says so."""
-    wanted, _, count = os.environ.get("FEDPEFT_FAULT", "").partition(":")
-    if wanted != point:
-        return
-    _passed[point] = _passed.get(point, 0) + 1
-    if _passed[point] == int(count or 1):
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def file_name(name: str) -> str:

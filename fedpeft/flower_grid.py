@@ -13,6 +13,7 @@ from flwr.app import MessageType as Kind
 from flwr.serverapp import Grid
 
 from fedpeft.errors import FedPeftError, RunError
+from fedpeft.faults import fault
 from fedpeft.flower import (
     REFUSED,
     log,
@@ -245,13 +246,16 @@ class GridEngine:
     def _push(self, node: int, kind: str, content: RecordDict, seconds: float) -> str:
         """Return the message's id, or nothing where the node is gone."""
         ttl = seconds + _KEPT if seconds else None
+        fault("request.unsent")
         sent = list(self._grid.push_messages([Message(content, node, kind, ttl=ttl)]))
+        fault("request.sent")
         return (sent[0] or "") if sent else ""
 
     def _pull(self, pending: dict[str, str]) -> Iterator[tuple[str, str, Answer]]:
         """Yield (message id, whom it was sent to, answer) and take them out of ``pending``."""
         wanted = [*pending, *self._late]
         for reply in self._grid.pull_messages(wanted) if wanted else ():
+            fault("reply.come")
             message = reply.metadata.reply_to_message_id
             if message in self._late:
                 log.info("dropped what %s said too late", name := self._late.pop(message))

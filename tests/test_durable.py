@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import durable
 from fedpeft.durable import (
     FAULTS,
     KINDS,
@@ -121,13 +120,6 @@ def test_a_full_disk_is_told_and_the_old_file_kept(
 def test_the_faults_are_named() -> None:
     assert len(FAULTS) == len(KINDS) * len(MOMENTS) == 54
     assert FAULTS[:2] == ("plan.begun", "plan.half")
-
-
-def test_no_fault_without_being_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FEDPEFT_FAULT", raising=False)
-    durable.fault("plan.begun")
-    monkeypatch.setenv("FEDPEFT_FAULT", "plan.half")
-    durable.fault("plan.begun")
 
 
 KILLED = """
