@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedpeft.deployment import command as deployment
 from fedpeft.errors import FedPeftError, PlanError
 
 app = typer.Typer(
@@ -351,6 +352,9 @@ def certs(
         from fedpeft.deployment.signing import make_owner
 
         typer.echo(make_owner(out, owner))
+
+
+deployment.add_to(app)
 
 
 def main() -> None:

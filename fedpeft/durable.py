@@ -28,6 +28,8 @@ KINDS = (
     "result",
     "spending",
     "reply",
+    "roster",
+    "submission",
 )
 """What is written: see ``run_folder.py`` for the files of a run, ``node.py`` for a node's."""
 MOMENTS = ("begun", "half", "written", "synced", "renamed", "settled")

@@ -41,13 +41,22 @@ class GridEngine:
 
     A client that has not replied after ``deadline`` seconds (0: as long as Flower keeps the
     message, twelve hours) is left out of the round; what it says later is dropped. One that is
-    ``patient`` goes on where every client that was asked refuses.
+    ``patient`` goes on where every client that was asked refuses. ``roster`` says which site a node
+    is (``flower_roll.py``).
     """
 
     remote = True
 
-    def __init__(self, grid: Grid, deadline: float = 0.0, *, patient: bool = False) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        deadline: float = 0.0,
+        *,
+        patient: bool = False,
+        roster: Callable[[], Mapping[int, str]] = dict,
+    ) -> None:
         self._grid, self._deadline, self._patient = grid, deadline, patient
+        self._roster = roster
         self._roll, self._wait = Roll({}, "", ""), 0.0
         self._greeted: dict[str, int] = {}
         self._silent: dict[str, str] = {}
@@ -69,7 +78,7 @@ class GridEngine:
         Raises ``RunError`` naming the missing clients after ``wait`` seconds, or as soon as every
         node has spoken.
         """
-        roll = self._roll = Roll(expected, version, plan)
+        roll = self._roll = Roll(expected, version, plan, roster=self._roster)
         until, sleep, self._wait = time.monotonic() + wait, _SLEEP[0], wait
         while roll.missing:
             if time.monotonic() > until or 0 < roll.total <= roll.heard:

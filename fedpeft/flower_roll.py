@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from fedpeft.errors import RunError
@@ -16,7 +16,8 @@ class Roll:
 
     The population is the plan's: a node may leave, come back or be replaced by another that plays
     its clients, but nobody joins whom the plan does not have. ``version`` and ``plan`` are those
-    that every node must have.
+    that every node must have. ``roster`` says which site a node is, by its key: where the plan has
+    a client for a site, that site alone plays it, and nobody else.
     """
 
     expected: Population
@@ -26,6 +27,7 @@ class Roll:
     problems: list[str] = field(default_factory=list)
     heard: int = 0
     total: int = 0
+    roster: Callable[[], Mapping[int, str]] = dict
 
     @property
     def missing(self) -> list[str]:
@@ -43,6 +45,7 @@ class Roll:
         Raises ``RunError`` for one that does not fit the plan, or the others.
         """
         self.total = max(self.total, hello.nodes)
+        self._check_site(hello, node)
         if hello.version != self.version:
             raise RunError(f"has fedpeft {hello.version}, the server has {self.version}")
         if hello.plan != self.plan:
@@ -61,6 +64,17 @@ class Roll:
             if client in self.nodes:
                 log.info("%s is played by node %d now", client, node)
             self.nodes[client] = node
+
+    def _check_site(self, hello: Hello, node: int) -> None:
+        """Raise ``RunError`` where a site plays another's client."""
+        roster = self.roster()
+        if not any(site in self.expected for site in roster.values()):
+            return  # a plan whose clients are no sites
+        site = roster.get(node)
+        for client in hello.clients:
+            if client != site:
+                whose = f"is site {site}" if site else "is no site of the roster"
+                raise RunError(f"says that it plays {client[:80]!r}, and {whose} by its key")
 
     def absent(self, asked: int, wait: float) -> str:
         """Return who is missing after ``wait`` seconds and what the ``asked`` nodes said."""

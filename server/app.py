@@ -12,6 +12,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 import fedpeft
+from fedpeft.deployment.roster import read_roster
 from fedpeft.driver import drive, input_digests
 from fedpeft.errors import FedPeftError
 from fedpeft.flower_config import home, read_config
@@ -47,7 +48,7 @@ def _run(grid: Grid, context: Context) -> None:
     for text in checked.warnings:
         log.warning("%s", text)
     out = Path(settings.out).expanduser() if settings.out else home() / "runs" / str(context.run_id)
-    engine = GridEngine(grid, settings.deadline, patient=is_guarded(plan))
+    engine = GridEngine(grid, settings.deadline, patient=is_guarded(plan), roster=read_roster)
     engine.greet(
         federation.population,
         fedpeft.__version__,
