@@ -32,8 +32,9 @@ class Settings:
     ``threads`` are torch's in each process, ``device`` is torch's. ``out`` is the run folder, by
     default ``$FEDPEFT_HOME/runs/<run id>``, which ``resume`` takes up again. ``wait`` is how many
     seconds the server waits for the plan's clients, ``deadline`` how many a client has for a round;
-    0 waits as long as Flower keeps the message. ``signer`` and ``signature`` say which owner
-    submits the run (``deployment/signing.py``), for sites that ask.
+    0 waits as long as Flower keeps the message. ``every`` waits for those whose nodes are gone and
+    asks them again, so that a run ends alike whoever was killed on the way. ``signer`` and
+    ``signature`` say which owner submits the run (``deployment/signing.py``), for sites that ask.
     """
 
     threads: int = 1
@@ -42,6 +43,7 @@ class Settings:
     resume: bool = False
     wait: float = 120.0
     deadline: float = 0.0
+    every: bool = False
     signer: str = ""
     signature: str = ""
 

@@ -6,34 +6,26 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-from flwr.app import Message, RecordDict
 from flwr.app import MessageType as Kind
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from fedpeft.errors import FedPeftError, RunError
-from fedpeft.faults import fault
-from fedpeft.flower import (
-    REFUSED,
-    log,
-    packet_record,
-    read_hello,
-    read_metrics,
-    read_packet,
-)
+from fedpeft.flower import log, read_hello, read_metrics, read_packet
+from fedpeft.flower_errands import Answer, Errands, Key, Refusal, content_of
+from fedpeft.flower_errands import Post as Messages
 from fedpeft.flower_roll import Roll
 from fedpeft.grouping import Grouping
 from fedpeft.post import Came
 from fedpeft.types import Flight, Metrics, Population
 from fedpeft.wire import Message as Packed
 
-_APP_FAILED = (REFUSED, 1, 2, 7, 8)  # Flower: app not loaded, app raised, bad bundle, app crashed
 _SLEEP = (0.05, 0.5)  # seconds between two looks for replies: the first, the longest
-_KEPT = 60.0  # seconds that Flower keeps a message beyond its deadline
+_GLANCE = 3.0  # seconds between two looks for nodes, while somebody is to be asked again
 
 _T = TypeVar("_T")
-Answer: TypeAlias = "RecordDict | FedPeftError"
 
 
 class GridEngine:
@@ -41,8 +33,9 @@ class GridEngine:
 
     A client that has not replied after ``deadline`` seconds (0: as long as Flower keeps the
     message, twelve hours) is left out of the round; what it says later is dropped. One that is
-    ``patient`` goes on where every client that was asked refuses. ``roster`` says which site a node
-    is (``flower_roll.py``).
+    ``patient`` goes on where every client that was asked refuses. With ``every`` nobody is left out
+    because a node, or its app, was gone: it is waited for, and asked again until its deadline.
+    ``roster`` says which site a node is (``flower_roll.py``).
     """
 
     remote = True
@@ -53,19 +46,19 @@ class GridEngine:
         deadline: float = 0.0,
         *,
         patient: bool = False,
+        every: bool = False,
         roster: Callable[[], Mapping[int, str]] = dict,
     ) -> None:
-        self._grid, self._deadline, self._patient = grid, deadline, patient
-        self._roster = roster
+        self._grid, self._deadline, self._roster = grid, deadline, roster
+        self._patient, self._every = patient, every
+        self._messages = Messages(grid)
         self._roll, self._wait = Roll({}, "", ""), 0.0
         self._greeted: dict[str, int] = {}
         self._silent: dict[str, str] = {}
         self._present: frozenset[int] = frozenset()
-        self._late: dict[str, str] = {}
-        self._began, self._gone = time.monotonic(), 0
-        self._flying: dict[str, tuple[Flight, float]] = {}
+        self._began, self._gone, self._seen = time.monotonic(), 0, -math.inf
+        self._flying: Errands[Flight] = self._errands()
         self._answers: dict[Flight, Answer] = {}
-        self._strays: dict[str, str] = {}
         self._come: deque[Came] = deque()
 
     def population(self) -> Population:
@@ -95,6 +88,8 @@ class GridEngine:
         until, sleep = time.monotonic() + self._wait, _SLEEP[0]
         while True:
             self._look()
+            if self._every:
+                return clients
             there = [c for c in clients if self._roll.nodes.get(c) in self._present]
             if there or not clients:
                 return there
@@ -105,14 +100,14 @@ class GridEngine:
 
     def _look(self) -> None:
         """See which nodes are there, greet new ones and hear what those say that were greeted."""
-        self._present = frozenset(self._grid.get_node_ids())
+        self._present, self._seen = frozenset(self._grid.get_node_ids()), time.monotonic()
         for node in sorted(self._present - {*self._greeted.values()}):
-            if pushed := self._push(node, Kind.QUERY, RecordDict(), self._wait):
+            if pushed := self._messages.push(node, Kind.QUERY, RecordDict(), self._wait):
                 self._greeted[pushed], self._silent[pushed] = node, f"node {node}"
-        for message, name, found in list(self._pull(self._silent)):
+        for message, name, found in list(self._messages.pull(self._silent)):
             self._roll.heard += 1
             try:
-                hello = read_hello(_content(found))
+                hello = read_hello(content_of(found))
                 self._roll.welcome(hello, self._greeted[message], self._present)
             except FedPeftError as error:
                 self._roll.problems.append(f"{name}: {error}")
@@ -129,28 +124,19 @@ class GridEngine:
 
     def send(self, flight: Flight, message: Packed) -> None:
         """Push a request; who is gone is told by :meth:`wait`."""
-        node, content = self._roll.nodes[flight.client], packet_record(message, flight.client)
-        if pushed := self._push(node, Kind.TRAIN, content, self._deadline):
-            self._flying[pushed] = flight, time.monotonic() + (self._deadline or math.inf)
-        else:
-            self._missed(flight, "Flower did not take the message: its node is gone")
+        self._flying.begin(flight, flight.client, Kind.TRAIN, message)
 
     def wait(self, until: float) -> Came | None:
         """Look for replies until one has come, or a client has had its ``deadline``."""
         sleep = _SLEEP[0]
         while not self._come:
-            names = {message: flight.client for message, (flight, _) in self._flying.items()}
-            for message, client, found in self._pull(names):
-                flight, _ = self._flying.pop(message)
-                if isinstance(found, Exception) and not isinstance(found, _Refusal):
-                    self._missed(flight, str(found))
-                    continue
-                self._answers[flight] = found
-                self._come.append(Came(client, flight.version, self.clock))
-            for message, (flight, end) in list(self._flying.items()):
-                if time.monotonic() > end:
-                    self._late[message] = self._flying.pop(message)[0].client
-                    self._missed(flight, f"no reply within {self._deadline:g} seconds")
+            for flight, client, found in self._polled(self._flying):
+                problem = ""
+                if isinstance(found, Exception) and not isinstance(found, Refusal):
+                    self._gone, problem = self._gone + 1, str(found)
+                else:
+                    self._answers[flight] = found
+                self._come.append(Came(client, flight.version, self.clock, problem))
             if not self._come:
                 if self.clock >= until:
                     return None
@@ -166,7 +152,7 @@ class GridEngine:
         used, refusals = 0, dict[str, str]()
         for flight in taken:
             used, found = used + 1, self._answers.pop(flight)
-            if isinstance(found, _Refusal):
+            if isinstance(found, Refusal):
                 refusals[flight.client] = str(found)
             yield flight.client, _read(found, read_packet)
         gone, self._gone = self._gone, 0
@@ -175,13 +161,11 @@ class GridEngine:
     def drop(self, flight: Flight) -> None:
         """Wait no longer: what it says later is dropped with a line."""
         self._answers.pop(flight, None)
-        for message in [m for m, (other, _) in self._flying.items() if other == flight]:
-            self._late[message] = self._flying.pop(message)[0].client
+        self._flying.drop(flight)
 
     def strays(self) -> dict[str, str]:
         """Return who has said something that nobody waited for, since this was last asked."""
-        found, self._strays = self._strays, {}
-        return found
+        return self._messages.strays()
 
     def exchange(
         self, requests: Iterable[tuple[str, Packed]]
@@ -193,7 +177,7 @@ class GridEngine:
         asked, refusals = 0, dict[str, str]()
         for client, found in self._ask(Kind.TRAIN, requests):
             asked += 1
-            if isinstance(found, _Refusal):
+            if isinstance(found, Refusal):
                 refusals[client] = str(found)
             yield client, _read(found, read_packet)
         self._raise_if_all(refusals, asked)
@@ -218,29 +202,33 @@ class GridEngine:
     def _ask(
         self, kind: str, requests: Iterable[tuple[str, Packed]]
     ) -> Iterator[tuple[str, Answer]]:
-        pending: dict[str, str] = {}
+        asked: Errands[str] = self._errands()
         for client, message in requests:
-            node = self._roll.nodes[client]
-            if node not in self._present:
-                yield client, RunError("its node is away")
-            elif pushed := self._push(node, kind, packet_record(message, client), self._deadline):
-                pending[pushed] = client
+            if self._every or self._roll.nodes[client] in self._present:
+                asked.begin(client, client, kind, message)
             else:
-                yield client, RunError("Flower did not take the message: its node is gone")
-        until = time.monotonic() + self._deadline if self._deadline else math.inf
+                yield client, RunError("its node is away")
         sleep = _SLEEP[0]
-        while pending:
-            for _, client, found in self._pull(pending):
+        while asked:
+            for _, client, found in self._polled(asked):
                 yield client, found
                 sleep = _SLEEP[0]
-            if time.monotonic() > until:
-                self._late |= pending
-                for client in pending.values():
-                    yield client, RunError(f"no reply within {self._deadline:g} seconds")
-                return
-            if pending:
+            if asked:
                 time.sleep(sleep)
                 sleep = min(1.5 * sleep, _SLEEP[1])
+
+    def _errands(self) -> Errands[Any]:
+        node_of = self._node_of
+        return Errands(self._messages, node_of, self._deadline, every=self._every)
+
+    def _node_of(self, client: str) -> int:
+        return self._roll.nodes[client]
+
+    def _polled(self, errands: Errands[Key]) -> list[tuple[Key, str, Answer]]:
+        """Return which requests are over; see who is back where somebody is to be asked again."""
+        if errands.lost and time.monotonic() > self._seen + _GLANCE:
+            self._look()
+        return list(errands.poll())
 
     def _raise_if_all(self, refusals: Mapping[str, str], asked: int) -> None:
         """Raise ``RunError`` where everybody refuses: that is no bad luck."""
@@ -248,55 +236,9 @@ class GridEngine:
             client, reason = next(iter(refusals.items()))
             raise RunError(f"no client plays this round; {client}: {reason}")
 
-    def _missed(self, flight: Flight, problem: str) -> None:
-        self._gone += 1
-        self._come.append(Came(flight.client, flight.version, self.clock, problem))
-
-    def _push(self, node: int, kind: str, content: RecordDict, seconds: float) -> str:
-        """Return the message's id, or nothing where the node is gone."""
-        ttl = seconds + _KEPT if seconds else None
-        fault("request.unsent")
-        sent = list(self._grid.push_messages([Message(content, node, kind, ttl=ttl)]))
-        fault("request.sent")
-        return (sent[0] or "") if sent else ""
-
-    def _pull(self, pending: dict[str, str]) -> Iterator[tuple[str, str, Answer]]:
-        """Yield (message id, whom it was sent to, answer) and take them out of ``pending``."""
-        wanted = [*pending, *self._late]
-        for reply in self._grid.pull_messages(wanted) if wanted else ():
-            fault("reply.come")
-            message = reply.metadata.reply_to_message_id
-            if message in self._late:
-                log.info("dropped what %s said too late", name := self._late.pop(message))
-                self._strays[name] = "what it said came too late"
-            elif message not in pending:
-                log.warning("dropped a reply to a message that was not sent: %.40s", message)
-                self._strays[f"node {reply.metadata.src_node_id}"] = "answers what nobody asked"
-            else:
-                yield message, pending.pop(message), _answer(reply)
-
-
-class _Refusal(RunError):
-    """The app at the client ran, or did not start, and says why."""
-
-
-def _answer(reply: Message) -> Answer:
-    if not reply.has_error():
-        return reply.content
-    told = (reply.error.reason or "no reason given").strip().strip("'>").splitlines()
-    text = (told or ["no reason given"])[-1].strip()[:500]
-    kind = _Refusal if reply.error.code in _APP_FAILED else RunError
-    return kind(text if reply.error.code == REFUSED else f"{text} (code {reply.error.code})")
-
-
-def _content(found: Answer) -> RecordDict:
-    if isinstance(found, Exception):
-        raise found
-    return found
-
 
 def _read(found: Answer, read: Callable[[RecordDict], _T]) -> _T | Exception:
     try:
-        return read(_content(found))
+        return read(content_of(found))
     except FedPeftError as error:
         return error

@@ -48,7 +48,8 @@ def _run(grid: Grid, context: Context) -> None:
     for text in checked.warnings:
         log.warning("%s", text)
     out = Path(settings.out).expanduser() if settings.out else home() / "runs" / str(context.run_id)
-    engine = GridEngine(grid, settings.deadline, patient=is_guarded(plan), roster=read_roster)
+    patience = {"patient": is_guarded(plan), "every": settings.every}
+    engine = GridEngine(grid, settings.deadline, **patience, roster=read_roster)
     engine.greet(
         federation.population,
         fedpeft.__version__,
