@@ -357,6 +357,24 @@ def certs(
 deployment.add_to(app)
 
 
+@app.command()
+def client(
+    file: Annotated[Path, typer.Argument(metavar="CLIENT", help="a client.yaml")],
+    check: Annotated[
+        bool, typer.Option("--check", help="only look, and say what was found")
+    ] = False,
+    log: Log = LogForm.text,
+) -> None:
+    """Join a federation with this machine's own records, and stay until it is ended."""
+    from fedpeft.deployment.client import look, serve
+    from fedpeft.deployment.client_file import load_client
+    from fedpeft.deployment.voice import Voice
+    from fedpeft.logs import JsonLog
+
+    voice = Voice(JsonLog() if log is LogForm.json else None)
+    (look if check else serve)(load_client(file), voice)
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit status 2."""
     # torch's threads wait actively: briefly, or a busy machine slows them by an order of magnitude

@@ -45,6 +45,14 @@ def supernode(arguments: Sequence[str], owners: Sequence[Path] | None) -> NoRetu
     os._exit(1)
 
 
+def superexec(arguments: Sequence[str]) -> None:
+    """Be a SuperExec with the arguments of ``flower-superexec``, until it ends."""
+    from flwr.supercore.cli import flower_superexec
+
+    sys.argv = ["flower-superexec", *arguments]
+    flower_superexec()
+
+
 @dataclass(frozen=True, slots=True)
 class Admission:
     """What a run has to bring; call it with the run and its bundle as the server sent them."""

@@ -263,6 +263,29 @@ def test_one_that_is_killed_is_not_waited_for_forever(where: Path) -> None:
     assert caught.value.broken
 
 
+def test_one_that_does_not_come_back_is_waited_for_once(where: Path) -> None:
+    """Each of Flower's messages is a process of its own: the next one is not to wait again."""
+    ended(started(where), signal.SIGKILL)
+    with pytest.raises(Gone, match="the warm trainer is gone"):
+        Warm(where, wait=0.1).hello(PLACE)
+    with pytest.raises(Gone, match="no warm trainer runs here") as caught:
+        Warm(where, wait=600).hello(PLACE)
+    assert not caught.value.broken
+    third = started(where)
+    assert Warm(where).hello(PLACE) == HELLO
+    assert ended(third, signal.SIGTERM) == 0
+
+
+def test_a_living_ones_token_is_never_taken_away(where: Path, service: Service) -> None:
+    token = (where / "token").read_text()
+    (where / "token").write_text("0" * 64)  # as a caller has it that was there before this one
+    with pytest.raises(Gone, match="another token"):
+        Warm(where, wait=0.1).hello(PLACE)
+    assert (where / "token").read_text() == "0" * 64
+    (where / "token").write_text(token)
+    assert Warm(where).hello(PLACE) == HELLO
+
+
 def test_a_long_round_does_not_hold_up_the_end(
     where: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

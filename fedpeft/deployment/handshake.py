@@ -21,11 +21,15 @@ _REASONS = {
 """OpenSSL's number of what is wrong with a certificate to what a user can do."""
 
 
+class Unreachable(SiteError):
+    """Nobody answers; somebody may later."""
+
+
 def probe(host: str, port: int, authority: Path, seconds: float = 10.0) -> datetime.datetime:
     """Shake hands with a server as a site does; return until when its certificate is good.
 
-    ``authority`` is the ``ca.crt`` that came with a site's key. Raises ``SiteError`` where nobody
-    answers, or who answers is not the server.
+    ``authority`` is the ``ca.crt`` that came with a site's key. Raises ``Unreachable`` where nobody
+    answers, and another ``SiteError`` where who answers is not the server.
     """
     load_certificate(authority)
     trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -43,7 +47,7 @@ def probe(host: str, port: int, authority: Path, seconds: float = 10.0) -> datet
     except ssl.SSLError as error:
         raise SiteError(f"{place}: answers without TLS ({error.reason or error})") from None
     except TimeoutError:
-        raise SiteError(f"{place}: nobody answers within {seconds:g} seconds") from None
+        raise Unreachable(f"{place}: nobody answers within {seconds:g} seconds") from None
     except OSError as error:
-        raise SiteError(f"{place}: cannot be reached ({error.strerror or error})") from None
+        raise Unreachable(f"{place}: cannot be reached ({error.strerror or error})") from None
     return x509.load_der_x509_certificate(found or b"").not_valid_after_utc

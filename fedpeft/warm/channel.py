@@ -7,6 +7,7 @@ whose process is at the other end. A frame is the length of a JSON header, the h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from fedpeft.durable import locked
 from fedpeft.errors import FedPeftError, RunError, WireError
 from fedpeft.flower import Hello
 from fedpeft.flower_config import home
@@ -163,9 +165,19 @@ class Warm:
             except Gone as why:
                 now = time.monotonic()
                 failed = failed or now
+                if why.broken and now - failed > self._wait:
+                    self._forget()
                 if not why.broken or now - failed > self._wait:
                     raise
             time.sleep(0.2)
+
+    def _forget(self) -> None:
+        """Have later calls not wait for a trainer that was killed and did not come back.
+
+        Its token is taken away under the lock that a trainer holds, so it is never a living one's.
+        """
+        with contextlib.suppress(RunError, OSError), locked(self._where, "socket"):
+            (self._where / "token").unlink(missing_ok=True)
 
     def _once(self, method: str, data: bytes) -> tuple[dict[str, Any], bytes]:
         token = token_of(self._where)
