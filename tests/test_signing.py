@@ -238,6 +238,7 @@ def test_every_setting_but_where_the_server_keeps_a_run_is_signed(certs: Path) -
     whole = signed(certs, CONFIG)
     verify({**whole, "resume": True, "out": "/srv/run"}, APP, [pub(certs)])
     others: dict[str, Any] = {"threads": 2, "device": "cuda", "wait": 1.0, "deadline": 5.0}
+    others["every"] = True
     assert {*others, *FREE, *OWN} == set(Settings.__dataclass_fields__)
     for name, value in others.items():
         with pytest.raises(SiteError, match="a line was changed"):
