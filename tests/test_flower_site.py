@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -275,6 +276,24 @@ def test_flower_calls_what_is_wrapped_by_its_name() -> None:
     code = flower.start_client_internal.__code__
     assert "_pull_and_store_message" in code.co_names
     assert "install_from_fab" not in dir(flower)  # unpacking is the task's affair
+
+
+LEFT = """
+import threading, time
+import flwr.supernode.cli as flower
+from fedpeft.flower_site import supernode
+
+def returns():  # as it does where its connection broke, beside threads that go on
+    threading.Thread(target=time.sleep, args=(600,)).start()
+
+flower.flower_supernode = returns
+supernode([], None)
+"""
+
+
+def test_a_supernode_whose_connection_broke_ends_and_does_not_linger() -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", LEFT], env=env, timeout=300).returncode == 1
 
 
 # --- real processes ------------------------------------------------------------------------------
