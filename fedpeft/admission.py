@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fedpeft.client_rounds import WITHHELD
 from fedpeft.errors import WireError
 from fedpeft.phases import check_answer
 from fedpeft.plan import Plan
@@ -41,7 +42,8 @@ def admit(
         raise WireError(f"reply belongs to run {told.get('run')}, round {told.get('round')}")
     anchor, records = plan.correction.anchor(client, of[1], plan.seed), population[client]
     most = (1, records) if anchor else plan.trainer.budget(records)
-    metrics, lr_sum = _report(told, *most, hides=plan.privacy.hides)
+    untold = plan.privacy.hides or told.get(WITHHELD) == 1
+    metrics, lr_sum = _report(told, *most, untold=untold)
     if (inside := told.get("inside", 1)) not in (0, 1):
         raise WireError(f"reply reports {inside!r} where 1 says that its update was not clipped")
     delta = own.uplink.decode(packet.sections, expected["adapter"])
@@ -80,23 +82,23 @@ def printable(reason: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in reason)[:_MOST_WORDS]
 
 
-def _report(told: Any, steps: int, seen: int, *, hides: bool) -> tuple[dict[str, float], float]:
+def _report(told: Any, steps: int, seen: int, *, untold: bool) -> tuple[dict[str, float], float]:
     """Check what the client says of its work against what the plan lets it do.
 
-    One that ``hides`` its records says nothing of its loss, which follows from them.
+    One that hides its records, or whose site lets no measures leave, does not tell its loss.
     """
-    if "loss" not in told and not hides:
+    if "loss" not in told and not untold:
         raise WireError("its loss is not finite: training diverged; lower lr")
     for name, most in (("steps", steps), ("seen", seen)):
         value = told.get(name)
         if type(value) is not int or not 0 < value <= most:
             raise WireError(f"reply reports {value!r} {name}, the plan allows 1 to {most}")
-    least = {"lr_sum": 1 / _LARGEST, **({} if hides else {"loss": 0.0})}
+    least = {"lr_sum": 1 / _LARGEST, **({} if untold else {"loss": 0.0})}
     for name, low in least.items():
         value = told.get(name)
         if not isinstance(value, int | float) or not low <= value <= _LARGEST:
             raise WireError(f"reply reports {value!r} as its {name}")
-    kept = ("seen", "steps") if hides else ("loss", "seen", "steps")
+    kept = ("seen", "steps") if untold else ("loss", "seen", "steps")
     return {k: float(told[k]) for k in kept}, float(told["lr_sum"])
 
 

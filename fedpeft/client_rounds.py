@@ -33,6 +33,8 @@ from fedpeft.types import (
 )
 from fedpeft.wire import Message, body, peek, unpack
 
+WITHHELD = "withheld"
+"""In a reply whose client does not say its loss, because its site lets no measures leave."""
 ALONE = Grouping()
 """Every client by itself."""
 _TRAINED = "trained"
@@ -130,12 +132,16 @@ def _to_keep(**what: Tensors) -> Tensors:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A client of this process, what came for it, what it remembers and what it may spend."""
+    """A client of this process, what came for it, what it remembers and what it may spend.
+
+    One that does not tell ``measures`` says nothing of its loss.
+    """
 
     client: str
     message: Message | bytes
     memory: Memory
     purse: Purse | None = None
+    measures: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +160,15 @@ def client_round(
     message: Message | bytes,
     memory: Memory,
     purse: Purse | None = None,
+    *,
+    measures: bool = True,
 ) -> tuple[Message, Memory]:
-    """Decode, train, subtract, encode.
+    """Decode, train, subtract, encode. Without ``measures`` the reply says nothing of the loss.
 
     Raises ``WireError`` for a message that is no broadcast, ``TrainError`` where training fails,
     ``BudgetError`` where it would spend more privacy than ``purse`` or the plan allow.
     """
-    (played,) = group_round(plan, site, [Asked(client, message, memory, purse)])
+    (played,) = group_round(plan, site, [Asked(client, message, memory, purse, measures)])
     if isinstance(played.reply, FedPeftError):
         raise played.reply
     return played.reply, played.memory
@@ -237,7 +245,9 @@ def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: Trained)
     expected = site.tables.of(client, round).uplink.expected(up)
     return Played(
         client,
-        body(sections, expected).seal(_told_back(got, own, plan.privacy.hides) | inside),
+        body(sections, expected).seal(
+            _told_back(got, own, plan.privacy.hides, asked.measures) | inside
+        ),
         memory,
     )
 
@@ -272,7 +282,7 @@ def _encoded(
     return sections, arrived, still_owed(owing, got.owed, given, arrived, whole)
 
 
-def _told_back(got: Received, own: Trained, hides: bool) -> dict[str, Scalar]:
+def _told_back(got: Received, own: Trained, hides: bool, measures: bool) -> dict[str, Scalar]:
     """Return what a reply says of the work; where records are hidden nothing depends on them."""
     found: dict[str, Scalar] = {
         "run": got.told.get("run", ""),
@@ -281,7 +291,9 @@ def _told_back(got: Received, own: Trained, hides: bool) -> dict[str, Scalar]:
         "lr_sum": own.lr_sum,
         "seen": own.seen,
     }
-    return found if hides else {**found, "loss": own.loss}
+    if hides:
+        return found
+    return {**found, "loss": own.loss} if measures else {**found, WITHHELD: 1}
 
 
 def _answered(plan: Plan, site: Client, asked: Asked) -> Played:

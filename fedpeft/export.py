@@ -153,7 +153,7 @@ def _of_clients(site: Site, history: Sequence[Mapping[str, Any]]) -> dict[str, A
         )
     }
     return {
-        "Training records": sum(len(rows) for rows in site.federation.train.values()),
+        "Training records": sum(site.federation.population.values()),
         **{name: f"{count:,}" for name, count in traffic.items()},
         "Data fingerprint": f"`{site.federation.splits.fingerprint[:32]}`",
     }

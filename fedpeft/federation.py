@@ -37,12 +37,27 @@ class Dealt(Mapping[str, NDArray[np.int64]]):
         return len(self._places)
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What one side knows of clients whose records lie elsewhere: no more than they say.
+
+    ``records`` has all clients of the plan with their numbers of training records, or of units
+    where privacy hides those. They mean nothing until the clients have spoken (``complete``).
+    ``held`` says whether clients hold records out.
+    """
+
+    records: Population
+    complete: bool
+    held: bool
+
+
 @dataclass(frozen=True)
 class Federation:
     """Row numbers of every client: those it trains on and those held out for evaluation.
 
     ``labels`` has the number of each training row's label, where the task has labels; ``units``
-    that of the unit it belongs to, where privacy hides units of several records.
+    that of the unit it belongs to, where privacy hides units of several records. Where records lie
+    at the clients the server has no rows, and what it was ``told`` instead.
     """
 
     splits: Splits
@@ -51,6 +66,7 @@ class Federation:
     held: Mapping[str, NDArray[np.int64]]
     labels: NDArray[Any] | None = None
     units: NDArray[Any] | None = None
+    told: Told | None = None
 
     def crowd(self, seed: int) -> Crowd:
         """Return the clients by the labels of their training records; ``seed`` is the plan's."""
@@ -64,14 +80,34 @@ class Federation:
     @cached_property
     def population(self) -> Population:
         """Every client with its number of training records."""
+        if self.told is not None:
+            return self.told.records
         return {client: len(rows) for client, rows in self.train.items()}
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is known how many records clients have."""
+        return self.told is None or self.told.complete
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any client has held-out records, as far as is known here."""
+        return self.told.held if self.told is not None else any(map(len, self.held.values()))
+
     def members(self, client: str) -> Sequence[NDArray[np.int64]]:
-        """Return a client's training records, counted from 0, those of a unit together."""
+        """Return a client's training records, counted from 0, those of a unit together.
+
+        Units come as they appear first among the client's own records, held out or not, so that
+        their order does not follow from what others have.
+        """
         rows = self.train[client]
         if self.units is None:
             return np.arange(len(rows)).reshape(-1, 1)  # type: ignore[return-value]
-        _, which, counts = np.unique(self.units[rows], return_inverse=True, return_counts=True)
+        everything = np.sort(np.concatenate([rows, self.held[client]]))
+        units, first = np.unique(self.units[everything], return_index=True)
+        order = dict(zip(units.tolist(), first.tolist(), strict=True))
+        of = np.array([order[unit] for unit in self.units[rows].tolist()], np.int64)
+        _, which, counts = np.unique(of, return_inverse=True, return_counts=True)
         return np.split(np.argsort(which, kind="stable"), np.cumsum(counts)[:-1])
 
     @cached_property
@@ -142,12 +178,26 @@ def deal(plan: Plan) -> Federation:
             f"keep_best: {plan.keep_best} needs a test set, and the data line has none; "
             "add test=..., or keep the best by a clients/ metric"
         )
-    places = {client: place for place, client in enumerate(sorted(dealt))}
-    train, held = zip(*(_hold_out(plan, client, dealt[client]) for client in places), strict=True)
+    return from_rows(plan, splits, labels, dealt, classes)
+
+
+def from_rows(
+    plan: Plan,
+    splits: Splits,
+    labels: Sequence[Hashable] | None,
+    rows: Mapping[str, NDArray[np.int64]],
+    classes: Sequence[str],
+) -> Federation:
+    """Set aside held-out records of each client, of whose row numbers there are ``rows``.
+
+    ``labels`` are those of the training rows, if there are any. Raises ``DataError`` for a row
+    without a unit where privacy hides units.
+    """
+    places = {client: place for place, client in enumerate(sorted(rows))}
+    train, held = zip(*(_hold_out(plan, client, rows[client]) for client in places), strict=True)
     dealt_train, dealt_held = Dealt(places, train), Dealt(places, held)
-    units = _units(plan, splits.train)
-    numbered = _numbered(labels, classes)
-    return Federation(splits, classes, dealt_train, dealt_held, numbered, units)
+    units, numbered = _units(plan, splits.train), _numbered(labels, classes)
+    return Federation(splits, tuple(classes), dealt_train, dealt_held, numbered, units)
 
 
 def _units(plan: Plan, rows: Sequence[Row]) -> NDArray[np.int64] | None:

@@ -65,8 +65,12 @@ class GridEngine:
         """Return every client that was greeted, with its training records."""
         return self._roll.population
 
-    def greet(self, expected: Population, version: str, plan: str, wait: float) -> None:
+    def greet(
+        self, expected: Mapping[str, int | None], version: str, plan: str, wait: float
+    ) -> None:
         """Learn which node plays which client, until all of ``expected`` have been found.
+
+        Each has so many training records; ``None`` where it has its own, and says how many.
 
         Raises ``RunError`` naming the missing clients after ``wait`` seconds, or as soon as every
         node has spoken.
@@ -74,7 +78,7 @@ class GridEngine:
         roll = self._roll = Roll(expected, version, plan, roster=self._roster)
         until, sleep, self._wait = time.monotonic() + wait, _SLEEP[0], wait
         while roll.missing:
-            if time.monotonic() > until or 0 < roll.total <= roll.heard:
+            if time.monotonic() > until or roll.hopeless:
                 raise RunError(roll.absent(len(self._greeted), wait))
             self._look()
             time.sleep(sleep)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from fedpeft.errors import RunError
 from fedpeft.flower import Hello, log
+from fedpeft.scattered import UNTOLD
 from fedpeft.types import Population
 
 
@@ -16,11 +17,12 @@ class Roll:
 
     The population is the plan's: a node may leave, come back or be replaced by another that plays
     its clients, but nobody joins whom the plan does not have. ``version`` and ``plan`` are those
-    that every node must have. ``roster`` says which site a node is, by its key: where the plan has
-    a client for a site, that site alone plays it, and nobody else.
+    that every node must have. A client that has records of its own (``None`` are expected) says how
+    many, and then they are as many for the rest of the run. ``roster`` says which site a node is,
+    by its key: where the plan has a client for a site, that site alone plays it, and nobody else.
     """
 
-    expected: Population
+    expected: Mapping[str, int | None]
     version: str
     plan: str
     nodes: dict[str, int] = field(default_factory=dict)
@@ -28,6 +30,7 @@ class Roll:
     heard: int = 0
     total: int = 0
     roster: Callable[[], Mapping[int, str]] = dict
+    records: dict[str, int] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[str]:
@@ -35,9 +38,23 @@ class Roll:
         return [client for client in self.expected if client not in self.nodes]
 
     @property
+    def _own(self) -> bool:
+        """Whether clients have records of their own."""
+        return None in self.expected.values()
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether clients are missing though every node has spoken that there should be."""
+        if self._own:
+            return bool(self.problems) and len(self.nodes) + len(self.problems) >= len(
+                self.expected
+            )
+        return 0 < self.total <= self.heard
+
+    @property
     def population(self) -> Population:
         """Every client that was met, with its training records."""
-        return {client: self.expected[client] for client in sorted(self.nodes)}
+        return {client: self.records[client] for client in sorted(self.nodes)}
 
     def welcome(self, hello: Hello, node: int, present: Collection[int]) -> None:
         """Note what a node says of itself; ``present`` are those that are there.
@@ -49,18 +66,24 @@ class Roll:
         if hello.version != self.version:
             raise RunError(f"has fedpeft {hello.version}, the server has {self.version}")
         if hello.plan != self.plan:
-            raise RunError("reads other data than the server for this plan")
+            what = "its lines otherwise" if self._own else "other data"
+            raise RunError(f"reads {what} than the server for this plan")
         if not hello.clients:
             log.warning("node %d is left out: the plan has no client for it", node)
-        for client, records in zip(hello.clients, hello.records, strict=True):
+        said = dict(zip(hello.clients, hello.records, strict=True))
+        if self._own:
+            said = {client: records or UNTOLD for client, records in said.items()}
+        for client, records in said.items():
             if client not in self.expected:
                 raise RunError(f"says that it plays {client[:80]!r}, which the plan does not have")
             if self.nodes.get(client) in present:
                 raise RunError(f"says that it plays {client}, as another node did")
-            if records != self.expected[client]:
-                known = self.expected[client]
-                raise RunError(f"{client} has {records} records, in the plan {known}")
-        for client in hello.clients:
+            known = self.records.get(client, self.expected[client])
+            if known not in (None, records):
+                before = "before, in this run," if self._own else "in the plan"
+                raise RunError(f"{client} has {records} records, {before} {known}")
+        self.records |= said
+        for client in said:
             if client in self.nodes:
                 log.info("%s is played by node %d now", client, node)
             self.nodes[client] = node

@@ -166,6 +166,8 @@ def rows_of(spec: str, *, given: bool) -> Sequence[Row]:
     if splits.test is None and not given:
         raise DataError("the run's data has no test rows; give some with --data")
     rows: Sequence[Row] = splits.test if splits.test is not None else splits.train
+    if not rows:
+        raise DataError(f"--data: {spec} has no rows here; name a file that has some")
     return rows
 
 

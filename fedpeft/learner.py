@@ -44,6 +44,8 @@ class ModelLearner:
     ) -> None:
         self.base, self.attached, self.task = base, attached, task
         self._warn, self._rows = warn, {"forward": EVALUATION_BATCH, "backward": EVALUATION_BATCH}
+        self.before_batch: Callable[[], None] = lambda: None
+        """Called before every batch of whatever work; it may raise to end that between two."""
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +82,7 @@ class ModelLearner:
         ``None`` fills a row with the record before it, the same client's: even with weight zero,
         another's could bring in a NaN.
         """
+        self.before_batch()
         filled = list[Example]()
         for record in records:
             filled.append(filled[-1] if record is None else record)

@@ -51,11 +51,16 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """A release, how many of its unit there may be in its run, and a site's (epsilon, delta)."""
+    """A release, how many of its unit there may be in its run, and a site's (epsilon, delta).
+
+    The limit is of what was spent of the same data set; with ``all_data`` of any, where records may
+    come and go and each set has some of those before.
+    """
 
     release: Release
     rounds: int
     limit: tuple[float, float] | None = None
+    all_data: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +75,14 @@ class Ledger:
         own = (release for release in self.releases if release.run == run)
         return sum((release.unit == CLIENT) == (unit == CLIENT) for release in own)
 
-    def others(self, data: str, unit: str) -> list[str]:
-        """Return whom those rounds on a data set hide that do not hide this ``unit``."""
+    def others(self, data: str | None, unit: str) -> list[str]:
+        """Return whom those rounds on a data set, or any, hide that do not hide this ``unit``."""
         hidden = {release.of for release in self.releases if release.unit == unit}
-        own = (release for release in self.releases if release.data == data)
+        own = (release for release in self.releases if data in (None, release.data))
         return sorted({release.unit for release in own if release.of not in hidden})
 
-    def epsilon(self, data: str, delta: float, unit: str | None = None) -> float:
-        """Return what all releases of a data set have spent together at ``delta``, by PLD.
+    def epsilon(self, data: str | None, delta: float, unit: str | None = None) -> float:
+        """Return what all releases of a data set, or any, have spent together at ``delta``, by PLD.
 
         Where they hide different units, only those of one ``unit`` add up: a unit of many records
         is hidden by steps that hide single ones only at many times their epsilon.
@@ -85,7 +90,8 @@ class Ledger:
         from fedpeft.privacy._accountant import composed
 
         steps: dict[tuple[float, float], int] = {}
-        for release in (r for r in self.releases if r.data == data and unit in (None, r.unit)):
+        own = (r for r in self.releases if data in (None, r.data) and unit in (None, r.unit))
+        for release in own:
             kind = release.rate, release.noise
             steps[kind] = steps.get(kind, 0) + release.steps
         return composed(tuple(sorted((*kind, count) for kind, count in steps.items())), delta)
@@ -270,12 +276,13 @@ def _check(after: Ledger, charge: Charge) -> None:
         )
     if limit is None:
         return
-    if kinds := after.others(last.data, last.unit):
+    data = None if charge.all_data else last.data
+    if kinds := after.others(data, last.unit):
         raise BudgetError(
             f"has spent privacy of the same records with another unit ({', '.join(kinds)}) than "
             f"{last.unit}, and what both come to is not known; its site has a limit"
         )
-    if (spent := after.epsilon(last.data, limit[1], last.unit)) > limit[0]:
+    if (spent := after.epsilon(data, limit[1], last.unit)) > limit[0]:
         what = "as a client" if last.unit == CLIENT else "of these records"
         raise BudgetError(
             f"would have spent epsilon {spent:.3f} at delta {limit[1]:g} {what}, and its site "

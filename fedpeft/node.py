@@ -1,8 +1,9 @@
 """What a node does with a message, whatever brought it: bytes in, bytes out.
 
 The plan's sorted clients are dealt to the nodes in turn: the node with ``partition-id`` p plays the
-p-th and every ``num-partitions``-th after it. What a client remembers is on disk before its reply
-leaves.
+p-th and every ``num-partitions``-th after it. A site with records of its own, as its
+``client.yaml`` says, plays the one client of its name, and refuses what the site does not allow.
+What a client remembers is on disk before its reply leaves.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 import fedpeft
 from fedpeft.client_rounds import Asked, client_round
-from fedpeft.deployment.here import check_signed
+from fedpeft.deployment.client_file import ClientFile, Limits
+from fedpeft.deployment.here import check_signed, this_site
+from fedpeft.deployment.limits import Stopwatch, refusals
 from fedpeft.errors import RunError, WireError
 from fedpeft.evaluation import group_evaluation
 from fedpeft.federation import Federation, deal
@@ -28,15 +33,21 @@ from fedpeft.flower_config import Settings, home, read_config
 from fedpeft.ledger import OnDiskLedgers
 from fedpeft.memory import Memory, OnDisk
 from fedpeft.models import _base
+from fedpeft.models._outline import outline
 from fedpeft.plan import Plan
 from fedpeft.replies import Replies
+from fedpeft.scattered import common_digest, held_by, is_scattered, nobody, told_of
 from fedpeft.site import Site
 from fedpeft.spending import Purse, check_evaluation
-from fedpeft.types import Metrics, Scalar
+from fedpeft.tables import Tables
+from fedpeft.types import Metrics, Scalar, Scattered
 from fedpeft.warm.channel import Place
 from fedpeft.wire import peek
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
+
+
+_Key: TypeAlias = "tuple[tuple[tuple[str, Scalar], ...], ClientFile | None]"
 
 
 class Node:
@@ -47,19 +58,19 @@ class Node:
     """
 
     def __init__(self) -> None:
-        self._dealt: tuple[tuple[tuple[str, Scalar], ...], _Dealt] | None = None
+        self._dealt: tuple[_Key, _Dealt] | None = None
         self._site: tuple[str, Site] | None = None
 
     def hello(self, place: Place) -> Hello:
         """Say which clients this node plays."""
         dealt = self._prepared(place)
-        clients, population = dealt.clients(place), dealt.federation.population
+        clients = dealt.clients(place)
         return Hello(
             clients=clients,
-            records=[population[client] for client in clients],
-            nodes=int(place.node.get("num-partitions", 0)),
+            records=[told_of(dealt.plan, dealt.federation, client) for client in clients],
+            nodes=0 if dealt.own else int(place.node.get("num-partitions", 0)),
             version=fedpeft.__version__,
-            plan=dealt.plan.digest(dealt.federation.splits.fingerprint),
+            plan=common_digest(dealt.plan, dealt.federation),
         )
 
     def train(self, place: Place, client: str, packet: bytes) -> bytes:
@@ -67,9 +78,9 @@ class Node:
         dealt = self._prepared(place)
         dealt.check_plays(place, client)
         run = _run(packet)
-        replies = Replies(home() / "replies" / run, log.warning)
-        with _alone(home() / "clients" / run, client):
-            memory, holds = self._remembered(dealt, client, packet)
+        replies = Replies(dealt.home / "replies" / run, log.warning)
+        with _alone(dealt.home / "clients" / run, client):
+            memory, holds = dealt.remembered(run, client, packet)
             reply = replies.find(client, packet) if holds else None
             if reply is None:
                 reply = self._played(dealt, place, client, packet, memory)
@@ -77,16 +88,22 @@ class Node:
         return reply
 
     def evaluate(self, place: Place, client: str, packet: bytes) -> Metrics:
-        """Evaluate on a client's held-out records; no metrics where it has none."""
+        """Evaluate on a client's held-out records.
+
+        No metrics where it has none, or where its site lets none leave.
+        """
         dealt = self._prepared(place)
         dealt.check_plays(place, client)
-        check_evaluation(dealt.plan, _purse(place))
-        site = self._loaded(dealt)
-        if not (held := site.held(client)):
+        check_evaluation(dealt.plan, _purse(place, dealt))
+        if not dealt.limits.metrics:
             return {}
-        keeps = site.tables.remembers or site.tables.keeps
-        memory = OnDisk(home() / "clients" / _run(packet)).load(client) if keeps else Memory()
-        (metrics,) = group_evaluation(dealt.plan, site, [Asked(client, packet, memory)], [held])
+        with self._timed(dealt) as site:
+            if not (held := site.held(client)):
+                return {}
+            keeps = dealt.tables.remembers or dealt.tables.keeps
+            memory = dealt.memories(_run(packet)).load(client) if keeps else Memory()
+            asked = [Asked(client, packet, memory)]
+            (metrics,) = group_evaluation(dealt.plan, site, asked, [held])
         return metrics
 
     def unload(self) -> None:
@@ -95,23 +112,25 @@ class Node:
         self._dealt = None
         getattr(_base.load_base, "cache_clear", lambda: None)()
 
-    def _remembered(self, dealt: _Dealt, client: str, packet: bytes) -> tuple[Memory, bool]:
-        """Return a client's memory, and whether it holds all that playing the packet leaves."""
-        tables = self._loaded(dealt).tables
-        if not (tables.stores or tables.keeps):
-            return Memory(), True
-        memory = OnDisk(home() / "clients" / _run(packet)).load(client)
-        return memory, peek(packet).get("round") in memory.versions
-
     def _played(
         self, dealt: _Dealt, place: Place, client: str, packet: bytes, memory: Memory
     ) -> bytes:
         _check_newest(client, packet, memory)
-        plan, site, purse = dealt.plan, self._loaded(dealt), _purse(place)
-        reply, after = client_round(plan, site, client, packet, memory, purse)
+        purse, measures = _purse(place, dealt), dealt.limits.metrics
+        with self._timed(dealt) as site:
+            told = client, packet, memory, purse
+            reply, after = client_round(dealt.plan, site, *told, measures=measures)
         if after is not memory:
-            OnDisk(home() / "clients" / _run(packet)).save(client, after)
+            dealt.memories(_run(packet)).save(client, after)
         return bytes(reply)
+
+    @contextlib.contextmanager
+    def _timed(self, dealt: _Dealt) -> Iterator[Site]:
+        """Work with the model for as long as the site allows; it ends between two batches."""
+        watch = Stopwatch(dealt.limits.seconds)
+        site = self._loaded(dealt)
+        site.learner.before_batch = watch.check
+        yield site
 
     def _let_go(self) -> None:
         if self._site:
@@ -119,11 +138,11 @@ class Node:
         self._site = None
 
     def _prepared(self, place: Place) -> _Dealt:
-        key = tuple(sorted(place.run.items()))
+        key = tuple(sorted(place.run.items())), this_site()
         if self._dealt is None or self._dealt[0] != key:
             self._dealt = None
             check_signed(place.run)  # a plan may name code, which reading it would import
-            self._dealt = key, _Dealt.of(place.run)
+            self._dealt = key, _Dealt.of(place.run, key[1])
         return self._dealt[1]
 
     def _loaded(self, dealt: _Dealt) -> Site:
@@ -139,21 +158,76 @@ class Node:
         return self._site[1]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Dealt:
-    """A run's plan and its data."""
+    """A run's plan and its data; ``client`` is what the site's ``client.yaml`` says, if it has one.
+
+    ``own`` says that the data are the site's own.
+    """
 
     plan: Plan
     settings: Settings
     federation: Federation
+    client: ClientFile | None
+    own: bool
 
     @classmethod
-    def of(cls, config: Mapping[str, Scalar]) -> _Dealt:
+    def of(cls, config: Mapping[str, Scalar], client: ClientFile | None) -> _Dealt:
+        """Read a run's plan and its data here. Raises ``FedPeftError`` where the site refuses."""
         plan, settings = read_config(dict(config))
-        return cls(plan, settings, deal(plan))
+        own = is_scattered(plan)
+        if client is None or client.data is None:
+            if own:
+                raise RunError(
+                    "this node has no records of its own; start it with fedpeft client and a "
+                    "client.yaml that names them (data)"
+                )
+        elif not own:
+            raise RunError(
+                f"{client.site} trains on its own records alone, and this plan brings others; say "
+                "data: sites(names=...)"
+            )
+        if client is None:
+            return cls(plan, settings, deal(plan), None, own)
+        settings = replace(settings, device=client.device, threads=client.threads)
+        if isinstance(plan.data, Scattered) and client.site not in plan.data.clients():
+            return cls(plan, settings, nobody(), client, own)
+        if reasons := refusals(client.limits, plan):
+            raise RunError(f"{client.site} refuses this plan: {'; '.join(reasons)}")
+        federation = held_by(plan, client.site, client.data) if client.data else deal(plan)
+        return cls(plan, settings, federation, client, own)
+
+    @property
+    def limits(self) -> Limits:
+        """What the site lets plans do."""
+        return self.client.limits if self.client else Limits()
+
+    @property
+    def home(self) -> Path:
+        """Where the site keeps what must last."""
+        return self.client.home if self.client else home()
+
+    def memories(self, run: str) -> OnDisk:
+        """Return where the clients of a run keep their memory."""
+        return OnDisk(self.home / "clients" / run)
+
+    @cached_property
+    def tables(self) -> Tables:
+        """What is expected on the wire, and remembered; read off the model's outline alone."""
+        found = outline(self.plan.model, self.plan.task.head, len(self.federation.classes))
+        return Tables(self.plan, self.plan.adapter.shapes(found), found.head)
+
+    def remembered(self, run: str, client: str, packet: bytes) -> tuple[Memory, bool]:
+        """Return a client's memory, and whether it holds all that playing the packet leaves."""
+        if not (self.tables.stores or self.tables.keeps):
+            return Memory(), True
+        memory = self.memories(run).load(client)
+        return memory, peek(packet).get("round") in memory.versions
 
     def clients(self, place: Place) -> list[str]:
-        """Return the clients of a node's partition; there may be none."""
+        """Return the clients of a node's partition, or the site itself; there may be none."""
+        if self.own:
+            return list(self.federation.train)
         at, nodes = (place.node.get(k) for k in ("partition-id", "num-partitions"))
         if not isinstance(at, int) or at < 0:
             raise RunError(
@@ -177,14 +251,18 @@ def _check_newest(client: str, packet: bytes, memory: Memory) -> None:
         raise RunError(f"round {round} is over: {client} has played round {newest}")
 
 
-def _purse(place: Place) -> Purse:
+def _purse(place: Place, dealt: _Dealt) -> Purse:
     """Return where this node's clients write down what they spend, in whatever run.
 
     Its ``max-epsilon``, at its ``max-delta``, is what all runs together may spend of a data set's
-    records, ``max-client-epsilon`` what they may of all of them as one client's.
+    records, ``max-client-epsilon`` what they may of all of them as one client's. The limit of a
+    ``client.yaml`` is of all records that the site ever had.
     """
     records, client = _limit(place, "max-epsilon"), _limit(place, "max-client-epsilon")
-    return Purse(OnDiskLedgers(home() / "ledgers"), records, client, is_apart=True)
+    if dealt.limits.epsilon is not None:
+        records = dealt.limits.epsilon, dealt.limits.delta
+    ledgers = OnDiskLedgers(dealt.home / "ledgers")
+    return Purse(ledgers, records, client, is_apart=True, of_all_data=dealt.own)
 
 
 def _limit(place: Place, name: str) -> tuple[float, float] | None:

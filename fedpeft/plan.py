@@ -29,6 +29,7 @@ from fedpeft.types import (
     Partition,
     Personal,
     Privacy,
+    Scattered,
     Schedule,
     ServerOptimizer,
     Source,
@@ -119,7 +120,7 @@ class Plan:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        problems = [*_scalar_problems(self), *_part_problems(self)]
+        problems = [*_scalar_problems(self), *_part_problems(self), *_scattered_problems(self)]
         problems += directions.problems(self.uplink, self.downlink)
         if problems:
             raise PlanError(*problems)
@@ -371,6 +372,30 @@ def _choice_problems(line: str, given: Sequence[str], allowed: Sequence[str]) ->
     for word in given:
         if word not in allowed:
             yield f"{line}: {word!r} is unknown{nearest(word, allowed)}"
+
+
+def _scattered_problems(plan: Plan) -> Iterator[str]:
+    """Yield what follows from everybody's records, where each client has its own."""
+    if not isinstance(plan.data, Scattered):
+        return
+    lie = f"and the records of {describe(plan.data)} lie at its sites"
+    lines, default = plan.lines(), _default("partition")
+    if lines["partition"] != default:
+        yield (
+            f"partition: {describe(plan.partition)} deals records to clients, {lie}: each has its "
+            "own; leave the line out"
+        )
+    if plan.clients is not None:
+        yield f"clients: the data line names them; leave clients={plan.clients} out"
+    for line in (line for line in SIMULATED if lines[line] != _default(line)):
+        yield (
+            f"{line}: {describe(getattr(plan, line))} is for simulations, {lie}: real machines "
+            f"come and go by themselves; say {line}: {DEFAULTS[line]}"
+        )
+    if pooled := [word for word in plan.comparisons if word != "base"]:
+        yield (
+            f"compare: {pooled[0]} trains on the clients' records in one place, {lie}; leave it out"
+        )
 
 
 def _part_problems(plan: Plan) -> Iterator[str]:

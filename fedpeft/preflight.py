@@ -31,12 +31,13 @@ class Preflight:
     warnings: tuple[str, ...]
 
 
-def check(plan: Plan) -> Preflight:
+def check(plan: Plan, federation: Federation | None = None) -> Preflight:
     """Deal the data, read the model's outline and let the parts object.
 
-    Raises ``FedPeftError`` naming the line of the plan.
+    A ``federation`` is given where it is not dealt here. Raises ``FedPeftError`` naming the line of
+    the plan.
     """
-    federation = deal(plan)
+    federation = federation or deal(plan)
     _check_cohort(plan, federation)
     rates = Attendance(plan, federation.crowd(plan.seed)).participation
     everyone = list(federation.population)
@@ -47,11 +48,9 @@ def check(plan: Plan) -> Preflight:
         except FedPeftError as error:
             raise type(error)(f"adapter: {error}") from error
     _check_labels(plan, federation)
-    if (plan.keep_best or "").startswith("clients/") and not any(
-        map(len, federation.held.values())
-    ):
+    if (plan.keep_best or "").startswith("clients/") and not federation.holds_out:
         raise PlanError("keep_best: no client has held-out records; raise holdout")
-    if plan.personal.when != "never" and not any(map(len, federation.held.values())):
+    if plan.personal.when != "never" and not federation.holds_out:
         raise PlanError("personal: no client has held-out records to evaluate on; raise holdout")
     try:
         found = outline(plan.model, plan.task.head, len(federation.classes))
@@ -113,9 +112,12 @@ def _check_folder(path: Path) -> None:
 
 
 def _warnings(plan: Plan, federation: Federation, shapes: Shapes, found: Outline) -> Iterator[str]:
-    tested, held = federation.splits.test is not None, any(map(len, federation.held.values()))
+    tested, held = federation.splits.test is not None, federation.holds_out
     yield from releases.warnings(plan, len(federation.population))
-    yield from hiding.warnings(plan, federation.counted, federation.scattered)
+    if federation.is_counted:
+        yield from hiding.warnings(plan, federation.counted, federation.scattered)
+    elif plan.privacy.hides:
+        yield "privacy: what records spend follows from how many a site has, which it says later"
     if plan.adapter.roles(shapes, 0).local and "test" in plan.evaluations and tested:
         yield "test: some trained tensors stay with the clients; read the clients/ metrics"
     if not found.exact:

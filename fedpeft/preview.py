@@ -19,6 +19,7 @@ from fedpeft.federation import Federation
 from fedpeft.models._outline import Outline
 from fedpeft.plan import Plan
 from fedpeft.preflight import check, check_texts
+from fedpeft.scattered import UNTOLD, gathered, is_scattered
 from fedpeft.state import start
 from fedpeft.tables import Tables
 from fedpeft.tensors import size
@@ -108,9 +109,10 @@ def preview(plan: Plan) -> dict[str, Any]:
 
     Bytes are measured by packing; a message differs by the digits of the numbers in its header,
     and cohorts that are drawn by chance count with their expected size. ``exact`` is false where
-    a codec's output depends on the values, or edits of the base are sent, whose ranks do.
+    a codec's output depends on the values, or edits of the base are sent, whose ranks do. What
+    follows from how many records clients have is left out where only they know it.
     """
-    checked = check(plan)
+    checked = check(plan, gathered(plan) if is_scattered(plan) else None)
     federation, found, shapes = checked.federation, checked.outline, checked.shapes
     check_texts(plan, federation, found.limit)
     population = federation.population
@@ -136,9 +138,7 @@ def preview(plan: Plan) -> dict[str, Any]:
         ),
         "weights": {"space": weighing.space(plan)},
         "privacy": _privacy(plan, tables, len(population)),
-        "hiding": hiding.preview(
-            plan, federation.counted, _parameters(found, shapes, tables)["trained"], replies
-        ),
+        "hiding": _hiding(plan, federation, _parameters(found, shapes, tables), replies),
         "memory": {
             **_memory(found, shapes, tables, plan),
             "last_updates_bytes": weighing.kept_bytes(plan, tables, len(population)),
@@ -292,7 +292,17 @@ def _filled(shapes: Shapes, kind: int) -> Tensors:
     return {k: rng.standard_normal(s, np.float32) for k, s in shapes.items()}
 
 
+def _hiding(
+    plan: Plan, federation: Federation, parameters: Mapping[str, int], replies: float
+) -> dict[str, Any]:
+    if not federation.is_counted:
+        return {}
+    return hiding.preview(plan, federation.counted, parameters["trained"], replies)
+
+
 def _records(federation: Federation) -> dict[str, int]:
+    if not federation.is_counted:
+        return {"test": len(federation.splits.test or [])}
     counts = list(federation.population.values())
     return {
         "train": sum(counts),
@@ -314,13 +324,19 @@ def _parameters(found: Outline, shapes: Shapes, tables: Tables) -> dict[str, int
 
 
 def _local(plan: Plan, federation: Federation) -> dict[str, int]:
-    budgets = [plan.trainer.budget(n) for n in federation.counted.values()]
+    budgets = [plan.trainer.budget(n) for n in _counts(federation)]
+    seen = {"records_seen_per_round": sum(seen for _, seen in budgets)}
     return {
         "steps_least": min(steps for steps, _ in budgets),
         "steps_most": max(steps for steps, _ in budgets),
-        "records_seen_per_round": sum(seen for _, seen in budgets),
+        **(seen if federation.is_counted else {}),
         "while_away": plan.correction.while_away,
     }
+
+
+def _counts(federation: Federation) -> Sequence[int]:
+    """Return how many units clients have; the least and the most there may be where none say."""
+    return list(federation.counted.values()) if federation.is_counted else (1, UNTOLD)
 
 
 def _personal(plan: Plan, federation: Federation) -> dict[str, Any]:
@@ -328,7 +344,8 @@ def _personal(plan: Plan, federation: Federation) -> dict[str, Any]:
     if plan.personal.when == "never":
         return {"when": "never"}
     trainer = plan.personal.trainer(plan.trainer)
-    budgets = [trainer.budget(n)[0] for n in federation.population.values()]
+    counts = federation.population.values() if federation.is_counted else (1, UNTOLD)
+    budgets = [trainer.budget(n)[0] for n in counts]
     return {"when": plan.personal.when, "steps_least": min(budgets), "steps_most": max(budgets)}
 
 
@@ -394,7 +411,7 @@ def as_text(found: Mapping[str, Any]) -> str:
             "clients",
             f"{found['clients']:,}, {_reach(found)}{round(found['cohort'], 1):g} asked per round",
         ),
-        ("records", ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in found["records"].items())),
+        ("records", _counted(found["records"])),
         (
             "parameters",
             f"{count['trained']:,} trained ({count['head']:,} of them the head), "
@@ -402,7 +419,7 @@ def as_text(found: Mapping[str, Any]) -> str:
         ),
         (
             "local work",
-            f"{found['local']['steps_least']} to {found['local']['steps_most']} steps per round, "
+            _steps(found["local"])
             + _missed(found["local"]["while_away"])
             + _more_work(found["personal"])
             + _SHARING[found["stacked"]],
@@ -455,6 +472,19 @@ def as_text(found: Mapping[str, Any]) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def _counted(records: Mapping[str, int]) -> str:
+    """Say how many records there are, as far as anybody here knows."""
+    known = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in records.items())
+    return known if "train" in records else f"each site's own, {known}"
+
+
+def _steps(local: Mapping[str, int]) -> str:
+    least, most = local["steps_least"], local["steps_most"]
+    if least < most and "records_seen_per_round" not in local:
+        return "as many steps per round as a site's records make, "
+    return f"{least} to {most} steps per round, "
 
 
 def _promise(found: Mapping[str, Any]) -> list[tuple[str, str]]:

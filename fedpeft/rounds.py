@@ -278,7 +278,8 @@ def _metrics(used: Sequence[Update]) -> Metrics:
     seen = sum(u.metrics["seen"] for u in used)
     if not seen:
         return {}
-    if not all("loss" in u.metrics for u in used):
+    told = [u.metrics for u in used if "loss" in u.metrics]  # who hides its records says nothing
+    if not told:
         return {"seen": int(seen)}
-    loss = sum(u.metrics["loss"] * u.metrics["seen"] for u in used) / seen
+    loss = sum(m["loss"] * m["seen"] for m in told) / sum(m["seen"] for m in told)
     return {"loss": loss, "seen": int(seen)}

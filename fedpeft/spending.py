@@ -36,13 +36,16 @@ class Purse:
 
     ``limit`` is of its records, ``client_limit`` of all of them as one client's. What it spends as
     a client it writes down where it ``is_apart``: on a machine of its own, whose ledger outlives
-    runs. Where one machine plays all clients the run's own ledger says it.
+    runs. Where one machine plays all clients the run's own ledger says it. Limits are of a data
+    set; where it is ``of_all_data``, of all that the client ever had: it may have got new records
+    since, and has most of the old ones still.
     """
 
     ledgers: Ledgers
     limit: tuple[float, float] | None = None
     client_limit: tuple[float, float] | None = None
     is_apart: bool = False
+    of_all_data: bool = False
 
     @property
     def is_limited(self) -> bool:
@@ -112,16 +115,17 @@ def _charges(
     if not plan.privacy.secret or not (plan.privacy.hides or as_client):
         return
     held, (run, round) = hiding.holder(site), broadcast
+    across = purse is not None and purse.of_all_data
     of = held.fingerprint, run, round, _digest(plan.digest(), depends)
     step = hiding.stepping_of(plan, hiding.units_of(plan, site, client))
     if step is not None:
         unit, noise = str(step.told()["unit"]), step.noise_multiplier
         release = Release(*of, unit, step.rate, noise, step.steps)
-        yield Charge(release, step.rounds, purse.limit if purse else None)
+        yield Charge(release, step.rounds, purse.limit if purse else None, across)
     mechanism = mechanism_of(plan, len(held.population)) if as_client else None
     if mechanism is not None and purse is not None:
         release = Release(*of, CLIENT, 1.0, mechanism.unamplified, 1)
-        yield Charge(release, plan.rounds, purse.client_limit)
+        yield Charge(release, plan.rounds, purse.client_limit, across)
 
 
 def _digest(plan: str, depends: Sequence[Tensors]) -> str:

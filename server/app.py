@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from flwr.app import Context
@@ -21,6 +22,7 @@ from fedpeft.logs import RunLog
 from fedpeft.preflight import check
 from fedpeft.releases import is_guarded
 from fedpeft.run_folder import RunFolder
+from fedpeft.scattered import common_digest, gathered, is_scattered
 from fedpeft.site import Site
 from fedpeft.terminal import RunScreen
 
@@ -43,19 +45,18 @@ def _run(grid: Grid, context: Context) -> None:
 
     plan, settings = read_config(context.run_config)
     torch.set_num_threads(settings.threads)
-    checked = check(plan)
-    federation = checked.federation
-    for text in checked.warnings:
-        log.warning("%s", text)
+    own = is_scattered(plan)
+    checked = check(plan, gathered(plan) if own else None)
+    federation, warned = checked.federation, _warn(checked.warnings)
     out = Path(settings.out).expanduser() if settings.out else home() / "runs" / str(context.run_id)
     patience = {"patient": is_guarded(plan), "every": settings.every}
     engine = GridEngine(grid, settings.deadline, **patience, roster=read_roster)
-    engine.greet(
-        federation.population,
-        fedpeft.__version__,
-        plan.digest(federation.splits.fingerprint),
-        settings.wait,
-    )
+    clients = dict.fromkeys(federation.population) if own else federation.population
+    engine.greet(clients, fedpeft.__version__, common_digest(plan, federation), settings.wait)
+    if own:
+        checked = check(plan, gathered(plan, engine.population()))
+        federation = checked.federation
+        _warn([text for text in checked.warnings if text not in warned])
     inputs = input_digests(plan, federation)
     with (
         RunFolder(out.absolute(), plan, inputs, resume=settings.resume) as folder,
@@ -63,6 +64,12 @@ def _run(grid: Grid, context: Context) -> None:
         contextlib.closing(Site(plan, federation, settings.device, warn=screen.warn)) as site,
     ):
         screen.finish(drive(plan, site, engine, folder, screen))
+
+
+def _warn(texts: Collection[str]) -> Collection[str]:
+    for text in texts:
+        log.warning("%s", text)
+    return texts
 
 
 def _screen(folder: Path) -> RunScreen | RunLog:

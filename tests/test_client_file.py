@@ -72,7 +72,8 @@ def test_all_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_file_in_the_contract_is_read(tmp_path: Path) -> None:
     """YAML's ``1.0e-5`` is a number; its ``1e-5`` is a text, and the message says so."""
     (tmp_path / "client.yaml").write_text(
-        "site: a\nserver: 127.0.0.1:9092\ninsecure: true\nlimits:\n  epsilon: 8.0\n"
+        "site: a\nserver: 127.0.0.1:9092\ninsecure: true\n"
+        'data: jsonl(train="train.jsonl")\nlimits:\n  epsilon: 8.0\n'
         "  delta: 1.0e-5\n"
     )
     found = load_client(tmp_path / "client.yaml")
@@ -122,6 +123,7 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
         ({"limits": {"delta": 1}}, "limits.delta: 1 must be a number above 0 and below 1"),
         ({"owners": [1]}, "owners: [1] must be a list of texts"),
         ({"home": 7}, "home: 7 must be a text"),
+        ({"limits": {"epsilon": 3}}, "limits.epsilon: counts what this site's own records spend"),
     ],
 )
 def test_a_mistake(tmp_path: Path, lines: dict[str, Any], problem: str) -> None:

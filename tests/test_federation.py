@@ -76,7 +76,7 @@ def test_ten_thousand_clients_are_a_few_bytes_each() -> None:
 
 
 def test_records_that_lie_elsewhere_are_not_dealt(tmp_path: Path) -> None:
-    plan = support_plan(tmp_path / "bert", data="sites(names='a,b')")
+    plan = support_plan(tmp_path / "bert", data="sites(names='a,b')", partition=None, clients=None)
     with pytest.raises(PlanError, match=r"lie at its sites.*by_field") as caught:
         deal(plan)
     assert "data='jsonl(train=...)'" in str(caught.value)

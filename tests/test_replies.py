@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import client.app
 from fedpeft import client_rounds, node
+from fedpeft.flower import read_packet
 from fedpeft.replies import Replies
 from tests.test_flower import SGD, FakeGrid, config_of, serve
 from tests.tiny import support_plan, tiny_bert
@@ -82,9 +84,9 @@ def test_a_message_that_comes_twice_is_trained_for_once(
     grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=4)
     rounds, replies = list[str](), list[Any]()
 
-    def counted(*given: Any) -> Any:
+    def counted(*given: Any, **named: Any) -> Any:
         rounds.append(given[2])
-        return client_rounds.client_round(*given)
+        return client_rounds.client_round(*given, **named)
 
     monkeypatch.setattr(node, "client_round", counted)
     played = grid.play
@@ -102,3 +104,19 @@ def test_a_message_that_comes_twice_is_trained_for_once(
     kept = list((tmp_path / "home" / "replies").glob("*/*"))
     assert len(kept) == 4
     assert {path.parent.stat().st_mode & 0o777 for path in kept} == {0o700}
+
+
+@pytest.mark.parametrize("correction", ["none", "scaffold"])
+def test_a_kept_reply_takes_no_model(
+    correction: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: None
+) -> None:
+    """A process that is asked again for what another one has trained loads nothing for it."""
+    plan = support_plan(bert, correction=correction, trainer=SGD, rounds=1)
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=4)
+    serve(grid)
+    asked = next(m for m in grid.sent if m.metadata.message_type == "train")
+    client.app.forget()
+    monkeypatch.setattr(node, "Site", None)
+    reply = grid.play(asked, grid.nodes[asked.metadata.dst_node_id])
+    assert not reply.has_error()
+    assert read_packet(reply.content)

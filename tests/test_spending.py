@@ -52,7 +52,7 @@ def site(bert: Path) -> Iterator[Site]:
     made.close()
 
 
-def apart(**limits: tuple[float, float]) -> Purse:
+def apart(**limits: Any) -> Purse:
     return Purse(InProcessLedgers(), is_apart=True, **limits)
 
 
@@ -240,7 +240,7 @@ def test_with_both_limits_each_counts_its_own(bert: Path, site: Site) -> None:
     ],
 )
 def test_rounds_that_hid_something_else_leave_a_limit_without_a_meaning(
-    bert: Path, site: Site, before: str, limit: dict[str, tuple[float, float]], unit: str
+    bert: Path, site: Site, before: str, limit: dict[str, Any], unit: str
 ) -> None:
     free = apart()
     play(guarded(bert, privacy=before), site, free, ("before", 0))

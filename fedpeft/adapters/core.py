@@ -97,6 +97,11 @@ class Core:
         return found
 
     @property
+    def highest_rank(self) -> int:
+        """That of all blocks together."""
+        return self.heads * self.r
+
+    @property
     def _lora(self) -> Lora:
         """The LoRA of equal function: ``B R`` for its ``B``."""
         rank = self.heads * self.r

@@ -40,6 +40,8 @@ class Head:
         "labels": "trains a classification head, and this task has none; use adapter: lora"
     }
 
+    highest_rank: ClassVar[int] = 0
+
     def shapes(self, outline: Outline) -> Shapes:
         """Return the head's weight and bias. Raises ``ModelError`` where it is no single layer."""
         _module(outline)

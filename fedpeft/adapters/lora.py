@@ -90,6 +90,11 @@ class Lora:
         """The factor ``s``."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
+    @property
+    def highest_rank(self) -> int:
+        """``r``: clients have it or less."""
+        return self.r
+
     def modules(self, outline: Outline) -> list[str]:
         """Return the paths of the wrapped modules. Raises ``ModelError`` for an idle target."""
         return _targets.modules(outline, self.targets)

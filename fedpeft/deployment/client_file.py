@@ -92,6 +92,8 @@ def load_client(path: str | Path) -> ClientFile:
         limits=_limits(limits),
         owners=None if owners is None else tuple(_at(here, owner) for owner in owners),
     )
+    if found.limits.epsilon is not None and data is None and reader.text("data") is None:
+        limits.wrong("epsilon", "counts what this site's own records spend; name them in data")
     reader.unknown()
     if problems := [*reader.problems, *limits.problems]:
         raise SiteError(f"{path}: {'; '.join(problems)}")

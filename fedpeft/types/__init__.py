@@ -13,7 +13,7 @@ at the server, because their weighted sum is not enough, offers ``reads-single-u
 or noises updates refuses it. Aggregators to which the sum is enough offer ``linear``.
 """
 
-from fedpeft.types.adapters import Adapter, Informed, Narrowing, Probing, Restarting, Roles
+from fedpeft.types.adapters import Adapter, Informed, Narrowing, Probing, Ranked, Restarting, Roles
 from fedpeft.types.aggregation import (
     Aggregator,
     Asking,
@@ -93,6 +93,7 @@ __all__ = [
     "Preset",
     "Privacy",
     "Probing",
+    "Ranked",
     "Recalling",
     "Restarting",
     "Rng",

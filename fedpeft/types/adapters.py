@@ -115,6 +115,16 @@ class Narrowing(Protocol):
 
 
 @runtime_checkable
+class Ranked(Protocol):
+    """What an adapter has besides that moves weights by matrices of low rank, or none at all."""
+
+    @property
+    def highest_rank(self) -> int:
+        """The highest rank that any client trains; 0 where only heads train."""
+        ...
+
+
+@runtime_checkable
 class Restarting(Protocol):
     """What an adapter has besides whose clients forget some tensors after each round."""
 
