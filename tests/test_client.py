@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -125,8 +125,10 @@ NO = ("\x1b[91mERROR \x1b[0m:     Exit Code: 305", "[code: 2004] Failed to activ
 
 
 def test_flowers_words_are_understood() -> None:
-    assert heard(JOINED) == Heard(node=17)
-    assert heard(*NO) == Heard(exit=305, code=2004)
+    found = heard(JOINED)
+    assert (found.node, found.exit, found.code) == (17, None, None)
+    found = heard(*NO)
+    assert (found.node, found.exit, found.code) == (None, 305, 2004)
     assert Heard().hear(JOINED) == "INFO :      SuperNode ID: 17"
 
 
@@ -174,6 +176,141 @@ def test_other_ends_are_tried_again_ever_later(tmp_path: Path) -> None:
     assert "its key was taken back, or clocks differ" in sent_away.text
     assert not presence.is_left
     assert "exit code 305" in judge(1, heard(NO[0]), presence, 1, "a").text
+    told = (NO[0], "Failed to initialize the connection to the SuperLink.", "[SSL] it is over")
+    expected = "the SuperNode could not join ([SSL] it is over)"
+    assert judge(1, heard(*told), presence, 1, "a").text == expected
+
+
+# --- which process, when -------------------------------------------------------------------------
+
+
+class FakeChild:
+    """A child that the test ends, and that says what the test says."""
+
+    made: ClassVar[list[FakeChild]] = []
+
+    def __init__(self, command: list[str], env: Any, folder: Path, heard: Any) -> None:
+        self.kind, self.command, self.say = command[3], command, heard
+        self.pid, self.begun, self.ended = 100 + len(self.made), 0.0, None
+        self.stopped = False
+        self.made.append(self)
+
+    ended: int | None
+
+    def status(self) -> int | None:
+        return self.ended
+
+    def stop(self) -> int:
+        self.stopped, self.ended = True, 0
+        return 0
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[client.Client, Path]:
+    file = written(tmp_path)
+    FakeChild.made = []
+    monkeypatch.setattr(client, "Tied", FakeChild)
+    made = client.Client(file, client.environment(file), Voice())
+    made._begun = 0.0
+    return made, file.home
+
+
+def kinds() -> list[str]:
+    return [child.kind for child in FakeChild.made]
+
+
+def test_the_warm_trainer_comes_first_and_superexec_once_it_has_joined(
+    site: tuple[client.Client, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    running, home = site
+    (home / "flwr" / "apps" / "old").mkdir(parents=True)
+    running.look(1.0)
+    assert kinds() == ["warm"]
+    FakeChild.made[0].say("warm trainer: /x")
+    running.look(2.0)
+    assert kinds() == ["warm", "supernode"]
+    assert not (home / "flwr" / "apps").exists()  # what another one has unpacked
+    running.look(3.0)
+    assert not Presence(home).is_left
+    node = FakeChild.made[1]
+    node.say(JOINED)
+    running.look(4.0)
+    assert kinds() == ["warm", "supernode", "superexec"]
+    assert Presence(home).is_left
+    assert "joined: a is node 17 of 127.0.0.1:1\n" in capsys.readouterr().out
+    executor = FakeChild.made[2].command
+    port = node.command[node.command.index("--port") + 1]
+    assert f"127.0.0.1:{port}" in executor
+    assert str(node.pid) in executor
+    secret = Path(executor[executor.index("--superexec-auth-secret-file") + 1])
+    assert str(secret) in node.command
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert len(secret.read_text()) == 64
+    running.stop()
+    assert all(child.stopped for child in FakeChild.made)
+    assert not Presence(home).is_left
+
+
+def test_messages_do_without_a_warm_trainer_that_does_not_come(
+    site: tuple[client.Client, Path],
+) -> None:
+    running, _ = site
+    running.look(1.0)
+    running.look(59.0)
+    assert kinds() == ["warm"]
+    running.look(61.0)
+    assert kinds() == ["warm", "supernode"]
+
+
+def test_each_is_started_again_and_superexec_with_its_supernode(
+    site: tuple[client.Client, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    running, _ = site
+    running.look(1.0)
+    FakeChild.made[0].say("warm trainer: /x")
+    running.look(2.0)
+    FakeChild.made[1].say(JOINED)
+    running.look(3.0)
+    warm, node, executor = FakeChild.made
+    warm.ended = -9
+    running.look(4.0)
+    running.look(4.9)
+    assert kinds()[3:] == []
+    running.look(5.0)
+    assert kinds()[3:] == ["warm"]
+    executor.ended = 1
+    running.look(6.0)
+    running.look(7.0)
+    assert kinds()[4:] == ["superexec"]
+    node.ended = FakeChild.made[-1].ended = -9
+    running.look(8.0)
+    running.look(9.0)
+    assert kinds()[5:] == ["supernode"]  # no superexec of its own before it has joined
+    again = FakeChild.made[-1]
+    for line in NO:
+        again.say(line)
+    again.ended = 1
+    running.look(10.0)
+    running.look(10.0 + STILL_ONLINE - 0.1)
+    assert kinds()[6:] == []
+    running.look(10.0 + STILL_ONLINE)
+    assert kinds()[6:] == ["supernode"]
+    FakeChild.made[-1].say(JOINED)
+    running.look(90.0)
+    running.look(91.0)
+    assert kinds()[7:] == ["superexec"]
+    told = capsys.readouterr().err
+    assert "the warm trainer was killed (signal 9); it is started again in 1 s" in told
+    assert "still takes this site to be online; it is tried again in 75 s" in told
+
+
+def test_what_can_never_join_ends_the_client(site: tuple[client.Client, Path]) -> None:
+    running, _ = site
+    running.look(61.0)
+    FakeChild.made[1].say("ERROR :     Exit Code: 302")
+    FakeChild.made[1].ended = 1
+    with pytest.raises(SiteError, match="is none that Flower takes"):
+        running.look(62.0)
 
 
 # --- what is said --------------------------------------------------------------------------------

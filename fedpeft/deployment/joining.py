@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ STEADY = 60.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _ID = re.compile(r"SuperNode ID: (\d+)")
 _EXIT, _CODE = re.compile(r"Exit Code: (\d+)"), re.compile(r"\[code: (\d+)\]")
+_FAILED = "Failed to initialize the connection to the SuperLink."
+"""Comes before the line that says why."""
 _NOT_ACTIVE = 2004
 """Flower's code where a key is unknown, and where its node still counts as online."""
 _HOPELESS = {
@@ -39,7 +42,9 @@ class Heard:
     node: int | None = None
     exit: int | None = None
     code: int | None = None
+    reason: str = ""
     refusal: str = ""
+    _before: str = ""
 
     def hear(self, line: str) -> str:
         """Take note of a line, and return it without colours."""
@@ -52,6 +57,9 @@ class Heard:
             self.code = int(found[1])
         if line.startswith("error: "):
             self.refusal = line.removeprefix("error: ")
+        if self._before.endswith(_FAILED):
+            self.reason = line.strip()[:300]
+        self._before = line.strip()
         return line
 
 
@@ -79,7 +87,8 @@ class Presence:
 
     def leave(self) -> None:
         """Note that it does not, or that it is not worth believing."""
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that fails is no reason not to join again
+            self._path.unlink(missing_ok=True)
 
     @property
     def is_left(self) -> bool:
@@ -117,4 +126,5 @@ def judge(status: int, heard: Heard, presence: Presence, ends: int, site: str) -
         presence.leave()  # it said goodbye, if only because the server had it do so
         why = "the server does not take its signature any more (its key was taken back, or clocks"
         return Verdict(f"the SuperNode ended: {why} differ), or the connection broke", pause)
-    return Verdict(f"the SuperNode could not join (Flower's exit code {heard.exit})", pause)
+    why = heard.reason or f"Flower's exit code {heard.exit}"
+    return Verdict(f"the SuperNode could not join ({why})", pause)
