@@ -169,8 +169,8 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
         yield made
 
 
-def stopped(client: subprocess.Popen[bytes]) -> int:
-    client.terminate()
+def stopped(client: subprocess.Popen[bytes], how: int = signal.SIGTERM) -> int:
+    client.send_signal(how)
     return client.wait(HANGS)
 
 
@@ -273,7 +273,20 @@ def test_each_process_may_be_killed_and_none_is_left_behind(
     federation.control.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
     wait_until(lambda: said("its key was taken back, or clocks differ") == 1)
     wait_until(lambda: said("it has to be given sites/a.pub") > before)
-    assert stopped(client) == 0
+    assert stopped(client, signal.SIGINT) == 0
     assert not federation.pids()
     events = {json.loads(line)["event"] for line in log.read_text().splitlines()}
     assert events == {"check", "joined", "ended", "printed", "left"}
+
+
+def test_a_key_that_flower_does_not_take_ends_it_with_a_line(tmp_path: Path) -> None:
+    """Also while its server is away."""
+    apart = Federation(tmp_path)
+    apart.control.close()
+    key = apart.certs / "sites" / "a" / "site.key"
+    key.write_bytes((apart.owner / "owner.key").read_bytes())  # a key, but of another kind
+    client = apart.client(tmp_path / "client.log")
+    assert client.wait(HANGS) == 2
+    last = (tmp_path / "client.log").read_text().splitlines()[-1]
+    assert last.startswith("error: the site's key (site.key) is none that Flower takes")
+    assert not apart.pids()
