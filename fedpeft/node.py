@@ -25,7 +25,7 @@ from fedpeft.client_rounds import Asked, client_round
 from fedpeft.deployment.client_file import ClientFile, Limits
 from fedpeft.deployment.here import check_signed, this_site
 from fedpeft.deployment.limits import Stopwatch, refusals
-from fedpeft.errors import RunError, WireError
+from fedpeft.errors import DataError, RunError, WireError
 from fedpeft.evaluation import group_evaluation
 from fedpeft.federation import Federation, deal
 from fedpeft.flower import Hello, log
@@ -152,7 +152,8 @@ class Node:
         key = plan.digest(federation.splits.fingerprint, settings.device)
         if self._site is None or self._site[0] != key:
             self._let_go()
-            site = Site(plan, federation, settings.device, leads=False, warn=log.warning)
+            with _unquoted(dealt.client):
+                site = Site(plan, federation, settings.device, leads=False, warn=log.warning)
             self._site = key, site
         torch.set_num_threads(settings.threads)
         return self._site[1]
@@ -194,7 +195,8 @@ class _Dealt:
             return cls(plan, settings, nobody(), client, own)
         if reasons := refusals(client.limits, plan):
             raise RunError(f"{client.site} refuses this plan: {'; '.join(reasons)}")
-        federation = held_by(plan, client.site, client.data) if client.data else deal(plan)
+        with _unquoted(client):
+            federation = held_by(plan, client.site, client.data) if client.data else deal(plan)
         return cls(plan, settings, federation, client, own)
 
     @property
@@ -242,6 +244,20 @@ class _Dealt:
         """Raise ``RunError`` where another node plays this client."""
         if client not in self.clients(place):
             raise RunError(f"this node does not play {client[:80]!r}")
+
+
+@contextlib.contextmanager
+def _unquoted(client: ClientFile | None) -> Iterator[None]:
+    """Tell what is wrong with a site's own records in its own log alone: it may quote them."""
+    try:
+        yield
+    except DataError as error:
+        if client is None or client.data is None:
+            raise
+        log.warning("%s: %s", client.site, error)
+        raise DataError(
+            f"{client.site} cannot use its records for this plan; its own log says why"
+        ) from None
 
 
 def _check_newest(client: str, packet: bytes, memory: Memory) -> None:

@@ -38,9 +38,8 @@ def gathered(plan: Plan, told: Population | None = None) -> Federation:
     names, splits = _names(plan), _loaded(plan)
     if told is not None:
         _check_told(plan, told)
-        digest = hashlib.sha256(splits.fingerprint.encode())
-        digest.update(json.dumps(sorted(told.items())).encode())
-        splits = replace(splits, fingerprint=digest.hexdigest())
+        told_so = json.dumps(sorted(told.items()))
+        splits = replace(splits, fingerprint=_digest(splits.fingerprint, told_so))
     places = {name: place for place, name in enumerate(names)}
     nothing = Dealt(places, [np.zeros(0, np.int64)] * len(names))
     known = Told(
@@ -66,8 +65,10 @@ def held_by(plan: Plan, site: str, source: Source) -> Federation:
         plan.task.classes(splits.train)  # refuses a label that is not among them
     except FedPeftError as error:
         raise type(error)(f"data: {error}") from error
+    kind = describe(source).partition("(")[0]  # the same bytes may be rows in two ways
+    splits = replace(splits, fingerprint=_digest(kind, splits.fingerprint), test=None)
     everything = {site: np.arange(len(splits.train), dtype=np.int64)}
-    found = from_rows(plan, replace(splits, test=None), labels, everything, classes)
+    found = from_rows(plan, splits, labels, everything, classes)
     records = dict.fromkeys(names, UNTOLD) | {site: len(found.train[site])}
     return replace(found, told=Told(records, complete=True, held=len(found.held[site]) > 0))
 
@@ -120,6 +121,10 @@ def _classes(plan: Plan) -> tuple[str, ...]:
             f"task: {describe(plan.task)} reads its classes off all records, and here each site "
             "has its own; list them, as in names='negative,positive'"
         ) from None
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def _check_told(plan: Plan, told: Population) -> None:

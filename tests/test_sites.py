@@ -17,8 +17,9 @@ from fedpeft.errors import DataError, FedPeftError, PlanError, RunError
 from fedpeft.flower import read_hello
 from fedpeft.ledger import OnDiskLedgers
 from fedpeft.plan import Plan
+from fedpeft.replay import replay
 from tests.test_flower import FakeGrid, config_of, result_of, serve
-from tests.tiny import LABELS, support_lines, support_rows, tiny_bert
+from tests.tiny import LABELS, support_lines, support_rows, tiny_bert, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("apart")
 
@@ -136,8 +137,9 @@ def mixed(camp: Camp) -> None:
             mixed,
         ),
         ({"adapter": "lora(r=4, head='local')", "trainer": "plain(epochs=1, batch=4)"}, mixed),
+        ({"personal": "ditto", "keep_best": "clients/loss"}, in_order),
     ],
-    ids=["plain", "mixed", "scaffold", "user", "record", "unit", "local-head"],
+    ids=["plain", "mixed", "scaffold", "user", "record", "unit", "local-head", "ditto"],
 )
 def test_sites_and_simulation_agree_bit_for_bit(
     camp: Camp, lines: dict[str, Any], change: Callable[[Camp], None]
@@ -419,10 +421,31 @@ def test_nodes_without_records_of_their_own_and_sites_that_have_no_part(camp: Ca
         serve(camp.grid(dealt, out=str(camp.folder / "dealt"), wait=0.5))
 
 
-def test_a_label_that_the_plan_does_not_list_is_named_by_its_site(camp: Camp) -> None:
-    camp.rows[1]["label"] = "refund"
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "a", "label": "refund of Mr X"}', "label 'refund of Mr X' is not a known"),
+        ('{"text": "Mr X has measles"', "not JSON"),
+        (json.dumps({"text": "a " * 300, "label": LABELS[0]}), "302 tokens"),
+    ],
+    ids=["label", "damaged", "long"],
+)
+def test_what_is_wrong_with_a_record_is_said_at_its_site_alone(
+    camp: Camp, line: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
     camp.settle()
-    assert "row 1: label 'refund' is not a known class" in refusal(camp, camp.plan())
+    own = camp.folder / "beta/own.jsonl"
+    own.write_text(own.read_text() + line + "\n")
+    with caplog.at_level("WARNING", logger="flwr.fedpeft"):
+        if "tokens" in said:
+            serve(camp.grid(camp.plan(rounds=1, evaluate="test")))
+            reason = result_of(camp.folder / "out")[1][0]["refused"]["beta"]
+        else:
+            reason = refusal(camp, camp.plan())
+    assert "beta cannot use its records for this plan; its own log says why" in reason
+    assert "Mr X" not in reason
+    assert "tokens" not in reason
+    assert any("beta: data: " in r.message and said in r.message for r in caplog.records)
 
 
 @pytest.mark.parametrize(
@@ -488,3 +511,39 @@ def test_the_server_needs_no_test_set_and_takes_one_of_any_form(camp: Camp) -> N
     assert rows.fingerprint != plain.fingerprint
     with pytest.raises(DataError, match="cannot find"):
         Sites(names="a", test="nowhere.jsonl").load()
+
+
+def test_texts_without_labels_need_no_classes(
+    camp: Camp, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    llama = tiny_llama(tmp_path_factory.mktemp("llama") / "model")
+    camp.settle()
+    lines = {"model": str(llama), "task": "causal_lm(max_length=24)", "evaluate": "clients"}
+    simulate(camp.simulated(**lines), out=camp.folder / "in-process")
+    serve(camp.grid(camp.plan(**lines, data=f"sites(names='{','.join(SITES)}')")))
+    found = [camp.folder / f / "adapter/adapter_model.safetensors" for f in ("out", "in-process")]
+    assert found[0].read_bytes() == found[1].read_bytes()
+
+
+def test_a_run_of_sites_goes_on_after_its_server_died_and_can_be_computed_again(camp: Camp) -> None:
+    camp.settle()
+    lines = {"correction": "scaffold", "trainer": SGD, "rounds": 3}
+    simulate(camp.simulated(**lines), out=camp.folder / "in-process")
+    grid = camp.grid(camp.plan(**lines))
+    push = grid.push_messages
+
+    def dying(messages: Iterable[Message]) -> Iterable[str]:
+        if len(grid.sent) == 11:
+            raise KeyboardInterrupt
+        return push(messages)
+
+    grid.push_messages = dying  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        serve(grid)
+    done = (camp.folder / "out/rounds.jsonl").read_text().splitlines()
+    assert len(done) == 1
+    serve(camp.grid(camp.plan(**lines), resume=True))
+    found = [camp.folder / f / "adapter/adapter_model.safetensors" for f in ("out", "in-process")]
+    assert found[0].read_bytes() == found[1].read_bytes()
+    again = replay(camp.folder / "out", camp.simulated(**lines), out=camp.folder / "again")
+    assert again.differ == {}
