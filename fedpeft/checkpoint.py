@@ -19,6 +19,7 @@ from fedpeft.releases import Coins
 from fedpeft.state import ServerState
 from fedpeft.tensor_file import read_tensor_file, write_tensor_file
 from fedpeft.tensors import prefixed, select
+from fedpeft.turns import Turns
 from fedpeft.types import Flight, Tensors
 
 KEPT = 2
@@ -30,8 +31,9 @@ class Checkpoint:
     """The state after a round, the best adapter so far and the round's ledger line.
 
     ``clock`` is when the round was over, ``flying`` whose replies the next one waits for.
-    ``replied`` is who took part in it and ``course`` what of it the plan does not decide; they are
-    not kept.
+    ``turns`` is how often each client was asked, where that is limited, and ``over`` why there are
+    no further rounds. ``replied`` is who took part in it and ``course`` what of it the plan does
+    not decide; they are not kept.
     """
 
     state: ServerState
@@ -40,6 +42,8 @@ class Checkpoint:
     line: Mapping[str, Any] = field(default_factory=dict)
     clock: float = 0.0
     flying: Sequence[Flight] = ()
+    turns: Turns = field(default_factory=dict)
+    over: str = ""
     replied: Sequence[str] = ()
     course: Mapping[str, Any] = field(default_factory=dict)
 
@@ -74,6 +78,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, digest: str) -> None:
         "clock": checkpoint.clock,
         "flying": [astuple(flight) for flight in checkpoint.flying],
         "past": list(state.past),
+        "turns": dict(checkpoint.turns),
+        "over": checkpoint.over,
     }
     private = bool(state.coins.key)
     if private:
@@ -120,8 +126,8 @@ def load_checkpoint(folder: Path, digest: str) -> Checkpoint | None:
         params, slots, control, acks, round, fold, kept, once, mirror, learned, last, past, coins
     )
     flying = [Flight(*told) for told in note.get("flying", [])]
-    clock = note.get("clock", 0.0)
-    return Checkpoint(state, Best(**note["best"]), best, note["line"], clock, flying)
+    clock, turns, over = note.get("clock", 0.0), note.get("turns", {}), note.get("over", "")
+    return Checkpoint(state, Best(**note["best"]), best, note["line"], clock, flying, turns, over)
 
 
 def _flat(mirror: Mirror) -> Tensors:

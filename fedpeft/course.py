@@ -11,8 +11,7 @@ from fedpeft import events
 from fedpeft.errors import RunError
 from fedpeft.phases import Reply
 from fedpeft.post import Came, Post
-from fedpeft.rng import derive
-from fedpeft.types import Flight, Schedule, Standing
+from fedpeft.types import Flight, Rng, Schedule, Standing
 
 Tell = Callable[[int, int], None]
 """Is told how many of how many replies have come."""
@@ -22,7 +21,8 @@ Tell = Callable[[int, int], None]
 class Course:
     """A round under way.
 
-    ``choose`` says who of those within reach is the cohort. ``send`` carries requests to ``post``,
+    ``choose`` says who of those within reach is the cohort; ``draw`` returns what decides by chance
+    whom the schedule asks once so many were asked. ``send`` carries requests to ``post``,
     which says when replies come. ``versions`` says with which version of the model those clients
     began whose replies are used; ``came`` is all that was waited for, ``None`` where time passed.
     """
@@ -32,15 +32,14 @@ class Course:
     post: Post
     send: Callable[[Sequence[Flight]], None]
     reachable: Sequence[str]
-    seed: int
+    draw: Callable[[int], Rng]
     stands: Standing
     versions: dict[str, int] = field(default_factory=dict)
     came: list[Came | None] = field(default_factory=list)
 
     def ask(self) -> None:
         """Ask whom the schedule wants asked now."""
-        version, before = self.stands.version, len(self.stands.asked)
-        more = derive(self.seed, version, "ask", before)
+        more = self.draw(len(self.stands.asked))
         self.stands, new = events.ask(self.schedule, self.stands, self.reachable, self.choose, more)
         if new:
             self.send(new)

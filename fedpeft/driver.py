@@ -139,6 +139,8 @@ def drive(
     watch.begin(plan, at.state.round)
     with contextlib.closing(Board(folder, at.state.round)) as board:
         at = _rounds(run, at, board)
+    if at.over and at.state.round < plan.rounds:
+        watch.warn(f"the run is over after {at.state.round} of {plan.rounds} rounds: {at.over}")
     shared = at.best_params if plan.keep_best and at.best_params else at.state.tensors
     tensors = {**site.initial, **shared}
     if folder:

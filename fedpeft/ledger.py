@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from fedpeft.durable import file_name, is_file_name, make_folder, replace_file, writing
 from fedpeft.errors import BudgetError, RunError
+from fedpeft.rng import derived
 
 _KEY = 32
 CLIENT = "client"
@@ -253,8 +254,6 @@ def charge_all(ledgers: Ledgers, client: str, charges: Sequence[Charge]) -> list
     the data set's epsilon would be above a site's limit or unknown, since rounds before have not
     hidden the same unit; nothing is written then.
     """
-    from fedpeft.privacy._stepping import derived
-
     with ledgers.alone(client):
         ledger = ledgers.read(client)
         if new := [each for each in charges if each.release not in ledger.releases]:

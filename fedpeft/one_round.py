@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from fedpeft import events, hiding
+from fedpeft import events, hiding, turns
 from fedpeft.attendance import Attendance
 from fedpeft.broadcasts import Bodies, messages
 from fedpeft.checkpoint import Checkpoint
@@ -24,7 +24,7 @@ from fedpeft.memory import InProcess, MemoryStore
 from fedpeft.phases import Reply
 from fedpeft.plan import Plan
 from fedpeft.post import Post
-from fedpeft.releases import chooser, is_guarded, published, spent
+from fedpeft.releases import asker, chooser, is_guarded, published, spent
 from fedpeft.rounds import Report, server_round
 from fedpeft.run_folder import RunFolder
 from fedpeft.site import Site
@@ -72,7 +72,8 @@ class Run:
 
         plan, stands = self.plan, events.begin(at.state.round, self.post.clock, at.flying)
         choose = chooser(plan, at.state, list(self.engine.population()))
-        return Course(plan.schedule, choose, self.post, send, reachable, plan.seed, stands)
+        draw = asker(plan, at.state)
+        return Course(plan.schedule, choose, self.post, send, reachable, draw, stands)
 
     def resend(self, at: Checkpoint) -> None:
         """Ask those anew whose replies were waited for when the run was interrupted."""
@@ -100,7 +101,7 @@ def one_round(run: Run, at: Checkpoint) -> Checkpoint:
     """Play the next round; return how the run stands after it. Raises ``RunError``."""
     began, plan, state, sent = time.perf_counter(), run.plan, at.state, Traffic()
     reachable = run.post.reachable(run.attendance.reachable(state.round))
-    course = run.course(at, reachable, sent)
+    course = run.course(at, turns.left(plan, at.turns, reachable), sent)
     course.ask()
     weights = _weights(run, state, course)
 
@@ -133,8 +134,11 @@ def one_round(run: Run, at: Checkpoint) -> Checkpoint:
     best, params = _best(plan, at, after, line)
     line["seconds"] = round(time.perf_counter() - began, 3)
     flying, replied = course.stands.flying, report.replied
+    asked = turns.after(plan, at.turns, course.stands.asked)
+    over = turns.exhausted(plan, asked, flying, list(population))
     told = course.told(population) if run.engine.remote and not plan.privacy.secret else {}
-    found = Checkpoint(after, best, params, line, run.post.clock, flying, replied, told)
+    stands = run.post.clock, flying, asked, over, replied, told
+    found = Checkpoint(after, best, params, line, *stands)
     found = _ended(found) if is_over(plan, found) else found
     return replace(found, line=published(plan, found.line))
 
@@ -142,7 +146,7 @@ def one_round(run: Run, at: Checkpoint) -> Checkpoint:
 def is_over(plan: Plan, at: Checkpoint) -> bool:
     """Tell whether a run plays no further round."""
     impatient = plan.patience is not None and at.best.stale >= plan.patience
-    return impatient or at.state.round >= plan.rounds
+    return impatient or bool(at.over) or at.state.round >= plan.rounds
 
 
 def _weights(run: Run, state: ServerState, course: Course) -> Weights:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft import folds, hiding, lowrank, releases, weighing
+from fedpeft import folds, hiding, lowrank, releases, turns, weighing
 from fedpeft.attendance import Attendance
 from fedpeft.broadcasts import header
 from fedpeft.coding import Coding
@@ -367,7 +367,10 @@ def _privacy(plan: Plan, tables: Tables, population: int) -> dict[str, Any]:
         "epsilon_rdp": mechanism.renyi(plan.rounds),
         "clip": mechanism.clip,
         "noise_norm": norm,
+        "participations": turns.allowed(plan),
+        "rounds_possible": turns.possible(plan, population),
         "clients_needed": math.ceil(population * norm),
+        "replies_needed": math.ceil(mechanism.sampling.expected * norm),
         "parameters_needed": math.floor(travels / norm**2),
         "travelling": travels,
     }
@@ -508,13 +511,18 @@ def _promise(found: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{found['noise_norm']:.3g} clips of {found['clip']:g}",
         ),
     ]
+    remedy = f"{found['clients_needed']:,} clients asked as often"
+    if (most := found["participations"]) is not None:
+        told = f"each client is asked at most {most} times, enough for"
+        rows.append(("participations", f"{told} {found['rounds_possible']} rounds at most"))
+        remedy = f"size={found['replies_needed']} in the schedule"
     if found["noise_norm"] > 1:
         rows.append(
             (
                 "warning",
                 f"privacy: the noise is {found['noise_norm']:.3g} times a mean update at most: "
                 "accuracy will be near chance; it would be 1 times with "
-                f"{found['clients_needed']:,} clients asked as often, or with "
+                f"{remedy}, or with "
                 f"{found['parameters_needed']:,} of the {found['travelling']:,} parameters that "
                 "travel",
             )

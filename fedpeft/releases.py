@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fedpeft import turns
 from fedpeft.errors import PlanError
 from fedpeft.plan import Plan
-from fedpeft.rng import derive, keyed
+from fedpeft.rng import derive, derived, keyed
 from fedpeft.tables import Tables
 from fedpeft.tensors import padded
-from fedpeft.types import Population, Sampled, Sent, Shapes, Update
+from fedpeft.types import Population, Rng, Sampled, Sampling, Sent, Shapes, Update
 
 if TYPE_CHECKING:
     from fedpeft.privacy._mechanism import Mechanism
@@ -59,9 +60,17 @@ def mechanism_of(plan: Plan, population: int) -> Mechanism | None:
     """
     if not is_guarded(plan):
         return None
+    return plan.privacy.mechanism(_sampling(plan, population), plan.rounds)
+
+
+def _sampling(plan: Plan, population: int) -> Sampling:
+    """Return what is known of whose replies are in a round's sum."""
+    if (most := turns.allowed(plan)) is not None:
+        size = round(plan.schedule.expected(population))
+        return Sampling("turns", population, size=size, most=most)
     if not isinstance(plan.cohort, Sampled):
         raise PlanError("cohort: nobody knows how it draws clients; use poisson or uniform")
-    return plan.privacy.mechanism(plan.cohort.sampling(population), plan.rounds)
+    return plan.cohort.sampling(population)
 
 
 def chooser(
@@ -76,6 +85,14 @@ def chooser(
         return lambda names: plan.cohort.choose(names, derive(plan.seed, state.round, "cohort"))
     chosen = frozenset(plan.cohort.choose(population, keyed(state.coins.key)))
     return lambda names: [name for name in names if name in chosen]
+
+
+def asker(plan: Plan, state: ServerState) -> Callable[[int], Rng]:
+    """Return what draws whom a schedule asks in the next round, after so many were asked in it."""
+    round, key = state.round, state.coins.key
+    if not is_guarded(plan):
+        return lambda before: derive(plan.seed, round, "ask", before)
+    return lambda before: keyed(derived(key, f"ask {before}"))
 
 
 def released(
@@ -148,6 +165,12 @@ def warnings(plan: Plan, population: int) -> Iterator[str]:
         yield (
             f"privacy: delta={mechanism.delta:g} allows to publish the data of one client in "
             f"{population}; set it well below {1 / population:.2g}"
+        )
+    if (rounds := turns.possible(plan, population)) < plan.rounds:
+        yield (
+            f"privacy: {population} clients with participations={turns.allowed(plan)} fill at most "
+            f"{rounds} rounds, and the plan has {plan.rounds}; the run ends when too few are left "
+            "to fill one"
         )
     if plan.warm_start is not None:
         yield "privacy: the promise does not cover what warm_start was trained on"

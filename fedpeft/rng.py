@@ -46,3 +46,8 @@ def halves(words: NDArray[np.uint64]) -> NDArray[np.uint32]:
 def _digest(*names: int | str) -> int:
     text = "\0".join(f"{type(n).__name__}:{len(str(n))}:{n}" for n in names)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def derived(key: bytes, purpose: str) -> bytes:
+    """Return a key of its own for ``purpose``, from a secret ``key`` of 32 bytes."""
+    return hashlib.shake_256(b"%d:%b%b" % (len(key), key, purpose.encode())).digest(32)

@@ -21,6 +21,7 @@ from fedpeft.ledger import CLIENT, Charge, Ledgers, Release, charge_all
 from fedpeft.plan import Plan
 from fedpeft.releases import is_guarded, mechanism_of
 from fedpeft.rng import derive
+from fedpeft.turns import allowed
 from fedpeft.types import Tensors
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ def _charges(
     mechanism = mechanism_of(plan, len(held.population)) if as_client else None
     if mechanism is not None and purse is not None:
         release = Release(*of, CLIENT, 1.0, mechanism.unamplified, 1)
-        yield Charge(release, plan.rounds, purse.client_limit, across)
+        most = min(plan.rounds, allowed(plan) or plan.rounds)
+        yield Charge(release, most, purse.client_limit, across)
 
 
 def _digest(plan: str, depends: Sequence[Tensors]) -> str:

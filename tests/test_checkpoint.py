@@ -40,7 +40,8 @@ def checkpoint(round: int, value: float = 0.0) -> Checkpoint:
     state = dataclasses.replace(state, coins=Coins(bytes(range(32)), 0.1))
     flying = (Flight("c", 1, 0.1), Flight("d", 2, 1 / 3))
     best = Best(0.5, 1, 2), {"b": params["b"] + 1}
-    return Checkpoint(state, *best, {"round": round - 1}, 2 / 3, flying)
+    turns = {"d": 1, "c": 2}
+    return Checkpoint(state, *best, {"round": round - 1}, 2 / 3, flying, turns, "too few are left")
 
 
 def same(a: Tensors, b: Tensors) -> bool:
@@ -88,6 +89,7 @@ def test_all_of_the_state_comes_back(tmp_path: Path) -> None:
     assert [*after.state.past] == [1, 2]
     assert all(same(after.state.past[at], before.state.past[at]) for at in (1, 2))
     assert after.state.coins == before.state.coins
+    assert (after.turns, after.over) == ({"d": 1, "c": 2}, "too few are left")
 
 
 def test_every_field_is_saved(tmp_path: Path) -> None:
@@ -97,7 +99,8 @@ def test_every_field_is_saved(tmp_path: Path) -> None:
         *("learned", "last", "past", "coins"),
     ]
     assert [f.name for f in dataclasses.fields(Checkpoint)] == [
-        *("state", "best", "best_params", "line", "clock", "flying", "replied", "course")
+        *("state", "best", "best_params", "line", "clock", "flying", "turns", "over"),
+        *("replied", "course"),
     ]
     assert [f.name for f in dataclasses.fields(Best)] == ["value", "round", "stale"]
 

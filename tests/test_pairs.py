@@ -91,6 +91,7 @@ LISTED: Mapping[str, list[str]] = {
         "none",
         "user(noise_multiplier=0.5, clip=1.0, simulate_noise=true)",
         "record(noise_multiplier=0.5, clip=1.0, simulate_noise=true)",
+        "user(noise_multiplier=0.5, clip=1.0, participations=2, simulate_noise=true)",
     ],
     "cohort": ["everyone", "uniform(size=2)", "poisson(rate=0.9)"],
     "weighting": [
@@ -374,6 +375,28 @@ def test_a_promise_goes_with_what_has_a_bound_and_nothing_else(line: str) -> Non
     private = "privacy", OPTIONS["privacy"][1]
     taken = {v for v in OPTIONS[line] if _completion((private, (line, v)))}
     assert taken == PROMISED.get(line, {*OPTIONS[line]})
+
+
+OVERLAPPING: Mapping[str, set[str]] = {
+    "adapter": {"lora(r=2, fresh='round')", "lora(r=2, ranks='1..2')", "lora(r=2, train='B/A')"},
+    "downlink": {"difference(topk(density=0.1) | int8)"},
+    "cohort": {"poisson(rate=0.9)", "uniform(size=2)"},
+    "weighting": {"uniform(denominator='population')"},
+    "aggregator": {"fedsvd", "frlora", "lora_fa"},
+    "schedule": {"sync"},
+    "availability": {"bernoulli(mean=0.8, dropout=0.1)"},
+    "latency": {"lognormal(slow=0.3, stragglers='rarest')"},
+    "trainer": {v for v in OPTIONS["trainer"] if "precondition" in v},  # with one factor as well
+}
+"""What a promise to clients that overlap leaves out beside: rounds that differ, times that tell."""
+
+
+@pytest.mark.parametrize("line", [line for line in OPTIONS if line != "privacy"])
+def test_a_promise_to_clients_that_overlap_goes_with_what_tells_nothing_by_time(line: str) -> None:
+    private = "privacy", OPTIONS["privacy"][3]
+    taken = {v for v in OPTIONS[line] if _completion((private, (line, v)))}
+    left = PROMISED.get(line, {*OPTIONS[line]}) - OVERLAPPING.get(line, set())
+    assert taken == left | ({"buffered(size=2)"} if line == "schedule" else set())
 
 
 UNHIDDEN: Mapping[str, set[str]] = {

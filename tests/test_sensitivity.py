@@ -44,6 +44,7 @@ Case = tuple[str, str, str, str]
 """Aggregator, weighting, codec and adapter."""
 CLIP = 0.5
 PRIVATE = f"user(noise_multiplier=1.5, clip={CLIP}, simulate_noise=true)"
+TURNS = PRIVATE.replace("clip", "participations=2, clip")
 SHAPES: Shapes = {
     "m.lora_A.weight": (2, 16),
     "m.lora_B.weight": (12, 2),
@@ -60,6 +61,8 @@ ADAPTERS = (
 """Between them every aggregator finds one that it has a meaning for."""
 AMPLE = {"lowrank": "lowrank(bits=8.0)"}
 """Codecs whose default budget of bits sends nothing of so few values."""
+NEWEST = 3
+"""The version of the server where others are at work, too."""
 COHORTS = ("poisson(rate=0.5)", "uniform(size=3)", "everyone", "poisson(rate=0.5, cap=2)")
 
 
@@ -165,15 +168,20 @@ class Round:
     """A server's round in which dora sends what she likes; the noise is always the same."""
 
     plan: Plan
+    versions: Mapping[str, int] = field(default_factory=dict)
     tables: Tables = field(init=False)
     state: ServerState = field(init=False)
     denominators: set[float] = field(default_factory=set)
+    used: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tables = Tables(self.plan, SHAPES)
         rng = np.random.default_rng(1)
         initial = {k: rng.normal(size=s).astype(np.float32) for k, s in SHAPES.items()}
         self.state = start(self.plan, self.tables, initial)
+        if self.versions:  # older ones are at work beside the newest
+            past = {v: {k: t + v for k, t in initial.items()} for v in range(NEWEST)}
+            self.state = dataclasses.replace(self.state, round=NEWEST, past=past)
 
     @cached_property
     def bound(self) -> float:
@@ -213,7 +221,7 @@ class Round:
             sections = tables.uplink.encode(delta, derive(3, "codec"))
         said: dict[str, Scalar] = {
             "run": "run",
-            "round": 0,
+            "round": self.versions.get(client, 0),
             "steps": 1,
             "lr_sum": 0.1,
             "seen": 1,
@@ -241,9 +249,9 @@ class Round:
             return step
 
         with mock.patch.object(kind, "reduce", watched):
-            server_round(
-                self.plan, self.tables, self.state, "run", RECORDS, weights, [*replies.items()]
-            )
+            how = self.plan, self.tables, self.state, "run", RECORDS, weights
+            _, report = server_round(*how, [*replies.items()], versions=self.versions)
+            self.used.append(len(report.replied))
         (alone,) = handed
         assert (alone.client, alone.weight) == ("", 1.0)
         return np.concatenate([alone.delta[k].reshape(-1) for k in sorted(alone.delta)])
@@ -334,6 +342,23 @@ def test_other_promises_to_clients_have_the_same_bound(privacy: str, cohort: str
     round = Round(quadratic_plan(privacy=privacy, **lines))
     found = worst(round, draws=20, gradients=1)
     assert 0.9 * round.bound < found <= round.bound
+
+
+@pytest.mark.parametrize("law", ["constant", "polynomial", "exponential"])
+@pytest.mark.parametrize("version", range(NEWEST + 1))
+def test_an_update_of_whatever_age_moves_a_buffer_s_sum_by_a_clip_at_most(
+    law: str, version: int
+) -> None:
+    """Staleness weighs an update before the server's clip; what it is divided by is the buffer."""
+    lines = {"adapter": "lora(r=2)", "weighting": "uniform(denominator='expected')"}
+    schedule = f"buffered(size=4, law='{law}', half_life=1.0)"
+    plan = quadratic_plan(privacy=TURNS, schedule=schedule, cohort="everyone", **lines)
+    round = Round(plan, {"anna": 0, "ben": 2, "carl": NEWEST, "dora": version})
+    assert round.bound == CLIP
+    found = worst(round, draws=20, gradients=1)
+    assert 0.9 * round.bound < found <= round.bound
+    assert round.denominators == {4.0}
+    assert {*round.used} == {3, 4}
 
 
 @lru_cache(maxsize=300)

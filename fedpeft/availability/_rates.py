@@ -84,6 +84,13 @@ class Rated:
             "or rates='same'"
         }
 
+    @property
+    def offers(self) -> Mapping[str, str]:
+        """Whether rates follow from nobody's records."""
+        if self.rates not in ("same", "independent"):
+            return {}
+        return {"there-by-chance": "rates and coins depend on the seed alone"}
+
     def fingerprint(self) -> str:
         """Return the digest of the table, where one is read."""
         return _tables.digest(self.file) if self.file else ""

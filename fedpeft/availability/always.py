@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +17,8 @@ class Always:
     """Nobody is ever away. Each client that is asked drops out with probability ``dropout``."""
 
     dropout: float = bounded(default=0.0, low=0, below=1)
+
+    offers: ClassVar[Mapping[str, str]] = {"there-by-chance": "all are always there"}
 
     def true_rates(self, crowd: Crowd) -> NDArray[np.float64]:
         """Return ones."""

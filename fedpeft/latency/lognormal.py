@@ -44,6 +44,13 @@ class Lognormal(Latency):
             "has no labels; use stragglers='drawn'"
         }
 
+    @property
+    def offers(self) -> Mapping[str, str]:
+        """Whether times follow from records."""
+        if self.stragglers == "drawn" or not self.slow:
+            return {}
+        return {"slow-by-records": "those are slow who hold most of the rarest label"}
+
     def speeds(self, crowd: Crowd) -> NDArray[np.float64]:
         """Return how many times as long as the median each client takes [N], sigma aside.
 

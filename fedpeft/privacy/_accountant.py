@@ -52,6 +52,7 @@ def relation(sampling: Sampling) -> str:
 @lru_cache(maxsize=4096)
 def epsilon(sampling: Sampling, noise_multiplier: float, rounds: int, delta: float) -> float:
     """Return the epsilon of so many rounds at ``delta``."""
+    rounds = _felt(sampling, rounds)
     if rounds == 0:
         return 0.0
     rough = renyi(_uncapped(sampling), noise_multiplier, rounds, delta) or 0.0
@@ -71,8 +72,13 @@ def _several(sampling: Sampling, noise_multiplier: float, rounds: int, step: flo
 
 
 def _is_gaussian(sampling: Sampling) -> bool:
-    """Tell whether everybody is asked: such rounds add up to one, without any loss."""
-    return sampling.size is None and sampling.rate == 1
+    """Tell whether no chance helps: such rounds add up to one, without any loss."""
+    return sampling.kind == "turns" or (sampling.size is None and sampling.rate == 1)
+
+
+def _felt(sampling: Sampling, rounds: int) -> int:
+    """Return in how many of the rounds one client may be."""
+    return rounds if sampling.most is None else min(rounds, sampling.most)
 
 
 @lru_cache(maxsize=8)
@@ -94,7 +100,7 @@ def _one_round(sampling: Sampling, noise_multiplier: float, step: float) -> Any:
         "value_discretization_interval": step,
         "neighboring_relation": NeighboringRelation.ADD_OR_REMOVE_ONE,
     }
-    if sampling.size is None:
+    if sampling.size is None or sampling.kind == "turns":
         how = {"standard_deviation": noise_multiplier, "sampling_prob": sampling.rate}
         return losses.from_gaussian_mechanism(**how, **given)
     return losses.from_truncated_subsampled_gaussian_mechanism(
@@ -145,7 +151,7 @@ def renyi(sampling: Sampling, noise_multiplier: float, rounds: int, delta: float
     if sampling.kind == "coins" and sampling.size is not None:
         return None
     orders, one = _one_round_s_rdp(sampling, noise_multiplier)
-    return float(compute_epsilon(orders, rounds * one, delta)[0])
+    return float(compute_epsilon(orders, _felt(sampling, rounds) * one, delta)[0])
 
 
 @lru_cache(maxsize=1024)
@@ -222,7 +228,7 @@ def _event(sampling: Sampling, noise_multiplier: float) -> Any:
     import dp_accounting as dp
 
     noise, population = dp.GaussianDpEvent(noise_multiplier), sampling.population
-    if sampling.kind == "all":
+    if sampling.kind in ("all", "turns"):
         return noise
     if sampling.kind == "fixed":
         return dp.SampledWithoutReplacementDpEvent(population, sampling.size, noise)

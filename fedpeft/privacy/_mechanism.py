@@ -19,6 +19,11 @@ _WITHIN = 1 - 2.0**-40
 """Updates are clipped to this much of the clip, so that rounding leads none beyond it."""
 _DRIFT = 2.0**40
 """The clip stays within this factor of what the plan says."""
+_ADVERSARY = "other clients and readers of the model; the server is trusted"
+_TIMES = (
+    ", and when a client is there and when what it was asked for comes back must not depend on "
+    "anybody's records"
+)
 Sums = dict[str, NDArray[Any]]
 
 
@@ -95,7 +100,7 @@ class Mechanism:
             "relation": _accountant.relation(self.sampling),
             "sampler": self.sampling.told,
             "accountant": _accountant.accountant(self.sampling),
-            "adversary": "other clients and readers of the model; the server is trusted",
+            "adversary": _ADVERSARY + (_TIMES if self.sampling.kind == "turns" else ""),
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedpeft.privacy import _accountant
 from fedpeft.privacy._gaussian import grid, normals
-from fedpeft.rng import keyed
+from fedpeft.rng import derived, keyed
 from fedpeft.types import Sampling
 
 _WITHIN = 1 - 2.0**-40
@@ -183,8 +182,3 @@ def calibrated(rate: float, steps: int, epsilon: float, delta: float) -> float:
 def _rounded(rate: float) -> float:
     unit = 10.0 ** (math.floor(math.log10(rate)) - 1)
     return min(1.0, float(f"{math.ceil(rate / unit * (1 - 1e-12)) * unit:.6g}"))
-
-
-def derived(key: bytes, purpose: str) -> bytes:
-    """Return a key of its own for ``purpose``, from a secret ``key`` of 32 bytes."""
-    return hashlib.shake_256(b"%d:%b%b" % (len(key), key, purpose.encode())).digest(32)

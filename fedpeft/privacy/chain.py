@@ -9,7 +9,7 @@ from fedpeft.errors import SpecError
 from fedpeft.privacy._mechanism import Mechanism
 from fedpeft.privacy._stepping import Stepping
 from fedpeft.spec import method
-from fedpeft.types import Privacy, Sampling
+from fedpeft.types import Privacy, Rationed, Sampling
 
 
 @method
@@ -58,6 +58,12 @@ class Chain(Privacy):
         return True
 
     @property
+    def participations(self) -> int | None:
+        """The first promise's."""
+        first = self.stages[0]
+        return first.participations if isinstance(first, Rationed) else None
+
+    @property
     def unit(self) -> str | None:
         """The second promise's."""
         return self.stages[1].unit
@@ -67,5 +73,5 @@ class Chain(Privacy):
         return self.stages[0].mechanism(sampling, rounds)
 
     def stepping(self, units: int, work: tuple[int, int], rounds: int) -> Stepping | None:
-        """Return the second promise's."""
-        return self.stages[1].stepping(units, work, rounds)
+        """Return the second promise's, for the rounds that the first lets a client take part in."""
+        return self.stages[1].stepping(units, work, min(rounds, self.participations or rounds))

@@ -46,9 +46,10 @@ class Buffered(Schedule):
 
     @property
     def offers(self) -> Mapping[str, str]:
-        """What compensation makes of updates."""
-        reads = {"reads-single-updates": "compensation squares each client's update"}
-        return reads if self.compensation else {}
+        """What compensation makes of updates, and what there is without."""
+        if self.compensation:
+            return {"reads-single-updates": "compensation squares each client's update"}
+        return {"counts-turns": "asks by chance alone, and an update counts at most its weight"}
 
     @property
     def needs(self) -> Mapping[str, str]:

@@ -46,7 +46,7 @@ from fedpeft.types.corrections import Correction, Local
 from fedpeft.types.data import Filed, Partition, Scattered, Source, Splits, Task
 from fedpeft.types.models import Attached, Batch, Dropout, Learner
 from fedpeft.types.presets import Preset
-from fedpeft.types.privacy import Privacy
+from fedpeft.types.privacy import Privacy, Rationed
 from fedpeft.types.sampling import Cohort, Drawn, Sampled, Sampling
 from fedpeft.types.schedules import Converting, Flight, Schedule, Stale, Standing
 from fedpeft.types.simulation import Availability, Crowd, Latency, Presence, Simulation
@@ -94,6 +94,7 @@ __all__ = [
     "Privacy",
     "Probing",
     "Ranked",
+    "Rationed",
     "Recalling",
     "Restarting",
     "Rng",

@@ -55,3 +55,13 @@ class Privacy(Protocol):
         those of the plan. Its noise may still have to be worked out.
         """
         return None
+
+
+@runtime_checkable
+class Rationed(Protocol):
+    """What a promise has besides that may hold for few participations of a client alone."""
+
+    @property
+    def participations(self) -> int | None:
+        """How often a client may be asked in a run; ``None`` where the promise needs no limit."""
+        ...

@@ -38,17 +38,20 @@ class Sampling:
 
     ``all`` of them; each by a coin of its own with probability ``rate`` (``coins``), and of more
     than ``size`` so many, each set as likely; or ``size`` of them, each set as likely (``fixed``).
+    Or nothing is known but that the sum of a round has ``size`` replies, and that nobody's are in
+    those of more than ``most`` rounds (``turns``).
     """
 
-    kind: Literal["all", "coins", "fixed"]
+    kind: Literal["all", "coins", "fixed", "turns"]
     population: int
     rate: float = 1.0
     size: int | None = None
+    most: int | None = None
 
     @property
     def expected(self) -> float:
         """The expected size of a cohort."""
-        if self.kind == "fixed" and self.size is not None:
+        if self.kind in ("fixed", "turns") and self.size is not None:
             return float(self.size)
         if self.size is None or self.size >= self.population:
             return self.rate * self.population
@@ -62,6 +65,11 @@ class Sampling:
         """How it is drawn, in words."""
         if self.kind == "all":
             return f"all {self.population} clients in every round"
+        if self.kind == "turns":
+            return (
+                f"{self.size} replies in a round, of {self.population} clients who are each asked "
+                f"at most {self.most} times; nothing is gained by chance"
+            )
         if self.kind == "fixed":
             return f"{self.size} of {self.population} clients, without replacement"
         capped = "" if self.size is None else f", at most {self.size} of them"
