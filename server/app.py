@@ -13,9 +13,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 import fedpeft
+from fedpeft import turns
 from fedpeft.deployment.roster import read_roster
 from fedpeft.driver import drive, input_digests
-from fedpeft.errors import FedPeftError
+from fedpeft.errors import FedPeftError, PlanError
 from fedpeft.flower_config import home, read_config
 from fedpeft.flower_grid import GridEngine
 from fedpeft.logs import RunLog
@@ -49,6 +50,12 @@ def _run(grid: Grid, context: Context) -> None:
     checked = check(plan, gathered(plan) if own else None)
     federation, warned = checked.federation, _warn(checked.warnings)
     out = Path(settings.out).expanduser() if settings.out else home() / "runs" / str(context.run_id)
+    if settings.every and turns.allowed(plan) is not None:
+        raise PlanError(
+            "every=true asks a client anew whose app broke down, so its reply comes later, and "
+            "with privacy: user(participations=...) when one comes must not depend on its records; "
+            "set every=false"
+        )
     patience = {"patient": is_guarded(plan), "every": settings.every}
     engine = GridEngine(grid, settings.deadline, **patience, roster=read_roster)
     clients = dict.fromkeys(federation.population) if own else federation.population

@@ -344,6 +344,14 @@ def test_nodes_count_alike_and_a_server_that_comes_back_makes_nobody_take_part_m
         assert len((out / "rounds.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.usefixtures("apart")
+def test_nobody_is_asked_again_because_its_app_broke_down(bert: Path, tmp_path: Path) -> None:
+    config = config_of(rationed(bert, latency="none"), out=str(tmp_path / "out"), every=True)
+    with pytest.raises(PlanError, match=r"so its reply comes later.*set every=false"):
+        serve(FakeGrid(config, nodes=4))
+    assert not (tmp_path / "out").exists()
+
+
 # --- what is told and refused -------------------------------------------------------------------
 
 
