@@ -204,6 +204,8 @@ def spent(
 ) -> Iterator[dict[str, Any]]:
     """Yield what each client has spent of each data set, by the ledgers in a folder or a run's.
 
+    Of several data sets also what it has spent of all together, as if they were one.
+
     ``warn`` is told of files that are no ledgers. Raises ``RunError`` where there are none, or one
     is damaged.
     """
@@ -215,17 +217,24 @@ def spent(
     if not held:
         raise RunError(f"{folder}: holds no ledgers; give a run folder, or a node's ledgers/")
     for client, ledger in held:
-        for data, unit in sorted({(release.data, release.unit) for release in ledger.releases}):
-            own = [r for r in ledger.releases if (r.data, r.unit) == (data, unit)]
-            yield {
-                "client": client,
-                "data": data[:12],
-                "unit": unit,
-                "adversary": _adversary(unit),
-                "runs": len({release.run for release in own}),
-                "rounds": len(own),
-                "epsilon": ledger.epsilon(data, delta, unit),
-            }
+        for unit in sorted({release.unit for release in ledger.releases}):
+            sets = sorted({r.data for r in ledger.releases if r.unit == unit})
+            for data in [*sets, *([None] if len(sets) > 1 else [])]:
+                yield _told(client, ledger, data, delta, unit)
+
+
+def _told(client: str, ledger: Ledger, data: str | None, delta: float, unit: str) -> dict[str, Any]:
+    """Return what was spent of a data set, or of all, as ``data`` says."""
+    own = [r for r in ledger.releases if data in (None, r.data) and r.unit == unit]
+    return {
+        "client": client,
+        "data": "all of it" if data is None else data[:12],
+        "unit": unit,
+        "adversary": _adversary(unit),
+        "runs": len({release.run for release in own}),
+        "rounds": len(own),
+        "epsilon": ledger.epsilon(data, delta, unit),
+    }
 
 
 def _adversary(unit: str) -> str:

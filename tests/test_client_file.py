@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from fedpeft.data.jsonl import Jsonl
 from fedpeft.deployment.client_file import ClientFile, Limits, load_client
 from fedpeft.errors import SiteError
+from fedpeft.spec import build, find, names
 
 LEAST = {"site": "hospital-a", "server": "fl.example.org:9092", "keys": "keys"}
 
@@ -171,3 +173,30 @@ print(*sys.modules)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not {"torch", "transformers", "peft", "flwr"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("spec", "rooted"),
+    [
+        ("csv(train='a.csv', delimiter=';')", "csv(train='{here}/a.csv', delimiter=';')"),
+        ("jsonl(train='a b.jsonl, ~/c.jsonl')", "jsonl(train='{here}/a b.jsonl,{home}/c.jsonl')"),
+        ("npz(file='/data/a.npz')", "npz(file='/data/a.npz')"),
+        ("imagefolder(train='cats,dogs')", "imagefolder(train='{here}/cats,dogs')"),
+        ("embedded(name='support')", "embedded(name='support')"),
+        ("hub(name='org/name')", "hub(name='org/name')"),
+    ],
+)
+def test_paths_are_taken_from_beside_the_file(
+    tmp_path: Path, spec: str, rooted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "cats,dogs").mkdir()
+    found = load_client(written(tmp_path, data=spec)).data
+    assert found == build("data", rooted.format(here=tmp_path, home="/home/me"))
+
+
+@pytest.mark.parametrize("name", names("data"))
+def test_sources_of_files_say_which_fields_those_are(name: str) -> None:
+    source = find("data", name)
+    for field in getattr(source, "files", ()):
+        assert field in {f.name for f in fields(source)}

@@ -42,6 +42,8 @@ LIGHT = [
         "diagnostics",
         "releases",
         "conversion",
+        "scattered",
+        "yaml_file",
     ),
 ]
 """Modules, beside those of the families, that whoever only reads plans and packets needs."""

@@ -15,8 +15,9 @@ from flwr.app import Message
 from fedpeft.driver import simulate
 from fedpeft.errors import DataError, FedPeftError, PlanError, RunError
 from fedpeft.flower import read_hello
-from fedpeft.ledger import OnDiskLedgers
+from fedpeft.ledger import CLIENT, OnDiskLedgers, spent
 from fedpeft.plan import Plan
+from fedpeft.releases import mechanism_of
 from fedpeft.replay import replay
 from tests.test_flower import FakeGrid, config_of, result_of, serve
 from tests.tiny import LABELS, support_lines, support_rows, tiny_bert, tiny_llama
@@ -284,6 +285,28 @@ def test_a_message_that_takes_too_long_is_given_up_between_batches(
     assert [*(camp.folder / "gamma/state/replies").rglob("*")]
 
 
+def test_an_evaluation_that_takes_too_long_is_given_up_and_the_run_goes_on(
+    camp: Camp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    camp.settle()
+    ticks = iter(range(0, 10**9, 2))
+    monkeypatch.setattr("fedpeft.deployment.limits.monotonic", lambda: float(next(ticks)))
+    grid = camp.grid(camp.plan(rounds=1, evaluate="clients"))
+    play = grid.play
+
+    def hurried(message: Message, place: int) -> Message:
+        if message.metadata.message_type == "evaluate":
+            camp.client("beta", limits={"seconds": 1})
+        return play(message, place)
+
+    grid.play = hurried  # type: ignore[method-assign]
+    serve(grid)
+    (line,) = result_of(camp.folder / "out")[1]
+    assert line["replied"] == [*SITES]
+    assert sorted(line["per_client"]) == ["alpha", "gamma"]
+    assert "gave up after 1 seconds" in line["not_evaluated"]["beta"]
+
+
 def test_measures_stay_where_the_site_says_so(camp: Camp) -> None:
     """The loss of training and of evaluation; the others' are told, and the adapter is the same."""
     camp.settle()
@@ -342,6 +365,14 @@ def test_a_limit_on_epsilon_is_of_all_records_that_a_site_ever_had(camp: Camp) -
     (again,) = (own for _, own in OnDiskLedgers(camp.folder / "gamma/state/ledgers").all())
     assert len({release.data for release in again.releases}) == len({*ledger.releases}) - 1 == 1
     assert again.releases == ledger.releases  # the first round of the second run is one too many
+    (folder,) = (camp.folder / "gamma/state").glob("ledgers")
+    assert [line["data"] for line in spent(folder, 1e-5)] == [ledger.releases[0].data[:12]]
+    camp.client("gamma")
+    serve(camp.grid(camp.plan(**lines), out=str(camp.folder / "third")))
+    told = list(spent(folder, 1e-5))
+    assert [line["rounds"] for line in told] == [2, 2, 4]
+    assert told[-1]["data"] == "all of it"
+    assert told[-1]["epsilon"] > max(told[0]["epsilon"], told[1]["epsilon"])
     _, history, _ = result_of(camp.folder / "second")
     assert history[-1]["round"] == 1
 
@@ -364,6 +395,24 @@ def test_nobody_is_told_how_many_records_a_site_has_under_a_promise_to_sites(cam
     card = (camp.folder / "out/adapter/README.md").read_text()
     assert "Training records" not in card
     assert all(str(n) not in json.dumps(result_of(camp.folder / "out")[1]) for n in [2**31 - 1])
+
+
+def test_what_a_site_spends_as_a_client_follows_from_how_many_the_plan_has(camp: Camp) -> None:
+    camp.settle()
+    lines = {"weighting": EVEN, "evaluate": "test", "holdout": 0, "rounds": 1}
+    plan = camp.plan(privacy="user(epsilon=8)", cohort="uniform(size=2)", **lines)
+    expected, alone = (mechanism_of(plan, clients) for clients in (3, 1))
+    assert expected is not None
+    assert alone is not None
+    assert expected.unamplified != alone.unamplified
+    serve(camp.grid(plan))
+    found = [
+        release
+        for site in SITES
+        for _, ledger in OnDiskLedgers(camp.folder / site / "state/ledgers").all()
+        for release in ledger.releases
+    ]
+    assert [(r.unit, r.noise) for r in found] == [(CLIENT, expected.unamplified)] * 2
 
 
 def test_a_unit_s_records_are_not_counted_in_the_hello(camp: Camp) -> None:
