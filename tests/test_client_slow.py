@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tomllib
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from fedpeft.errors import SiteError
 from fedpeft.flower_config import run_config
 from fedpeft.warm.channel import Warm
 from tests.test_certificates_slow import free_port, process
+from tests.test_sites import SITES, Camp
 from tests.tiny import support_plan, tiny_bert
 from tests.waiting import HANGS, wait_until
 
@@ -45,13 +46,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 class Federation:
-    """A SuperLink that knows site ``a``, and the files of both."""
+    """A SuperLink and ``sites``, the first of which has a client.yaml; the files of all."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sites: Sequence[str] = ("a",)) -> None:
         self.folder, self.port = folder, free_port()
         self.clients: list[subprocess.Popen[bytes]] = []
         self.certs, self.home = folder / "certs", folder / "home"
-        assert list(certificates.make(self.certs, ["localhost"], ["a"], 30))
+        assert list(certificates.make(self.certs, ["localhost"], sites, 30))
         make_owner(self.certs, "alice")
         self.owner = self.certs / "owners" / "alice"
         self.file = folder / "client.yaml"
@@ -87,14 +88,14 @@ class Federation:
 
     def answers(self) -> bool:
         try:
-            handshake.probe("localhost", self.port, self.certs / "sites" / "a" / "ca.crt")
+            handshake.probe("localhost", self.port, self.certs / "ca.crt")
         except SiteError:
             return False
         return True
 
-    def register(self) -> int:
-        key = try_load_public_key(self.certs / "server" / "sites" / "a.pub")
-        made = self.control.RegisterNode(RegisterNodeRequest(public_key=key, name="a"))
+    def register(self, site: str = "a") -> int:
+        key = try_load_public_key(self.certs / "server" / "sites" / f"{site}.pub")
+        made = self.control.RegisterNode(RegisterNodeRequest(public_key=key, name=site))
         return int(made.node_id)
 
     def state(self) -> str:
@@ -119,18 +120,18 @@ class Federation:
         return int(self.control.StartRun(request).run_id)
 
     def end_of(self, run: int) -> str:
-        """Return how a run ended, once it has."""
-        wait_until(lambda: self._ended(run))
-        return self._ended(run)
+        """Return how a run ended, once it has, and why."""
+        wait_until(lambda: self._status(run).status == "finished")
+        status = self._status(run)
+        return f"{status.sub_status} {status.details}".strip()
 
-    def _ended(self, run: int) -> str:
-        status = self.control.ListRuns(ListRunsRequest(run_id=run)).run_dict[run].status
-        return str(status.sub_status) if status.status == "finished" else ""
+    def _status(self, run: int) -> Any:
+        return self.control.ListRuns(ListRunsRequest(run_id=run)).run_dict[run].status
 
-    def client(self, log: Path) -> subprocess.Popen[bytes]:
+    def client(self, log: Path, file: Path | None = None) -> subprocess.Popen[bytes]:
         with log.open("ab") as told:
             made = subprocess.Popen(
-                [sys.executable, "-m", "fedpeft", "client", str(self.file)],
+                [sys.executable, "-m", "fedpeft", "client", str(file or self.file)],
                 env=self.env,
                 stdout=told,
                 stderr=told,
@@ -158,14 +159,19 @@ class Federation:
         return found
 
 
-@pytest.fixture
-def federation(tmp_path: Path) -> Iterator[Federation]:
-    made = Federation(tmp_path)
+@contextmanager
+def serving(made: Federation) -> Iterator[Federation]:
     with ExitStack() as running:
         running.callback(made.control.close)
-        running.enter_context(process(made.superlink(), made.env, tmp_path / "link.log"))
+        running.enter_context(process(made.superlink(), made.env, made.folder / "link.log"))
         running.callback(made.end)
         wait_until(made.answers)
+        yield made
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[Federation]:
+    with serving(Federation(tmp_path)) as made:
         yield made
 
 
@@ -290,3 +296,33 @@ def test_a_key_that_flower_does_not_take_ends_it_with_a_line(tmp_path: Path) -> 
     last = (tmp_path / "client.log").read_text().splitlines()[-1]
     assert last.startswith("error: the site's key (site.key) is none that Flower takes")
     assert not apart.pids()
+
+
+def test_three_sites_with_their_own_records_and_a_simulation_agree_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that a site's limits refuse is refused first, and its reason comes to the server."""
+    bert = tiny_bert(tmp_path / "tiny" / "bert")
+    sgd = "plain(optimizer='sgd', lr=0.1, steps=2, batch=4)"
+    lines = {"correction": "scaffold", "trainer": sgd, "rounds": 2}
+    camp = Camp(tmp_path / "camp", bert, monkeypatch)
+    with serving(Federation(tmp_path, SITES)) as made:
+        server = {"server": f"localhost:{made.port}", "insecure": False}
+        owners = [str(made.owner / "owner.pub")]
+        camp.settle(**server, owners=owners, limits={"rank": 8, "rounds": 2}, keys="keys")
+        logs = {site: tmp_path / f"{site}.log" for site in SITES}
+        for site in SITES:
+            (made.certs / "sites" / site).rename(camp.folder / site / "keys")
+            made.register(site)
+            made.client(logs[site], camp.folder / site / "client.yaml")
+        wait_until(lambda: all("joined: " in log.read_text() for log in logs.values()))
+
+        beyond = made.submit(camp.plan(**{**lines, "rounds": 9}), wait=float(HANGS))
+        reason = "refuses this plan: rounds: 9, and the most here are 2"
+        assert reason in made.end_of(beyond)
+        run = made.submit(camp.plan(**lines), wait=float(HANGS))
+        assert made.end_of(run) == "completed", (tmp_path / "link.log").read_text()
+        for client in made.clients:
+            assert stopped(client) == 0
+    simulated(camp.simulated(**lines), tmp_path / "in-process")
+    assert_same_adapter(tmp_path / "in-process", tmp_path / "server" / "runs" / str(run))

@@ -34,6 +34,8 @@ from fedpeft.durable import acquire, make_folder, make_private_folder, remove_fo
 from fedpeft.errors import FedPeftError, RunError
 
 _TICK = 0.2
+_POLL = "0.2"
+"""Seconds between SuperExec's looks for a message that has come; by itself it takes one."""
 _MOST_LOADING = 60.0
 """Seconds that the SuperNode waits for the first warm trainer; messages do without one."""
 
@@ -86,6 +88,7 @@ def environment(file: ClientFile) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _POLL,
         "OMP_NUM_THREADS": str(file.threads),
         "PATH": path,
         "PYTHONUNBUFFERED": "1",
@@ -191,7 +194,8 @@ class Client:
             found += ["--auth-supernode-private-key", str(file.keys / "site.key")]
         else:
             found += ["--insecure"]
-        return [*found, "--node-config", node_config(file)]
+        # what a site without records of its own plays; all else the node reads in client.yaml
+        return [*found, "--node-config", "partition-id=0 num-partitions=1"]
 
     def _started(self, command: list[str], heard: Callable[[str], None]) -> Tied:
         return Tied(command, self._env, self._file.home, heard)
@@ -205,14 +209,6 @@ class Client:
 
     def _hear_exec(self, line: str) -> None:
         self._voice.pass_on("superexec", line)
-
-
-def node_config(file: ClientFile) -> str:
-    """Return Flower's node-config of a site."""
-    told = ["partition-id=0", "num-partitions=1"]
-    if file.limits.epsilon is not None:
-        told += [f"max-epsilon={file.limits.epsilon!r}", f"max-delta={file.limits.delta!r}"]
-    return " ".join(told)
 
 
 def _how(status: int) -> str:
