@@ -129,7 +129,7 @@ class Control:
         with self._told():
             self._client.StopRun(StopRunRequest(run_id=run))
 
-    def runs(self, most: int = 100) -> dict[int, Standing]:
+    def runs(self, most: int = 1000) -> dict[int, Standing]:
         """Return how runs stand, the newest ``most``."""
         from flwr.proto.control_pb2 import ListRunsRequest
 

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 import fedpeft
 from fedpeft import turns
 from fedpeft.deployment.roster import read_roster
+from fedpeft.deployment.submissions import REFUSED
 from fedpeft.driver import drive, input_digests
 from fedpeft.errors import FedPeftError, PlanError
 from fedpeft.flower_config import home, read_config
@@ -38,7 +39,8 @@ def main(grid: Grid, context: Context) -> None:
         _run(grid, context)
     except FedPeftError as error:
         log.error("error: %s", error)
-        raise
+        # nothing but this text is passed on, which tells an end on purpose from a death
+        raise type(error)(f"{REFUSED}{error}") from error
 
 
 def _run(grid: Grid, context: Context) -> None:

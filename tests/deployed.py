@@ -10,7 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -99,8 +99,8 @@ class Deployment:
         )
 
     @contextmanager
-    def site(self, name: str, config: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Run Flower's SuperNode with the keys of a site."""
+    def site(self, name: str, config: str) -> Iterator[None]:
+        """Run Flower's SuperNode with the keys of a site, and the warm trainer beside it."""
         keys, home = self.certs / "sites" / name, self.folder / f"site-{name}"
         home.mkdir(exist_ok=True)
         port = self.file.port
@@ -108,17 +108,25 @@ class Deployment:
         command += ["--root-certificates", str(keys / "ca.crt"), "--port", str(free_port())]
         command += ["--auth-supernode-private-key", str(keys / "site.key")]
         env = environment(FLWR_HOME=str(home / "flwr"), FEDPEFT_HOME=str(home))
-        with (home / "log").open("ab") as log:
-            made = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=home)
+        with ExitStack() as running:
+            for words in ([sys.executable, "-m", "fedpeft", "warm"], command):
+                running.enter_context(_process(words, env, home / "log"))
+            yield
+
+
+@contextmanager
+def _process(command: Sequence[str], env: dict[str, str], log: Path) -> Iterator[None]:
+    with log.open("ab") as told:
+        made = subprocess.Popen(command, env=env, stdout=told, stderr=told, cwd=log.parent)
+    try:
+        yield
+    finally:
+        made.terminate()
         try:
-            yield made
-        finally:
-            made.terminate()
-            try:
-                made.wait(30)
-            finally:
-                made.kill()
-                made.wait()
+            made.wait(30)
+        except subprocess.TimeoutExpired:
+            made.kill()
+            made.wait()
 
 
 def pid_of(word: str, folder: Path) -> int:

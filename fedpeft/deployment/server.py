@@ -27,6 +27,7 @@ from typing import Any
 
 from fedpeft.deployment.children import Child
 from fedpeft.deployment.files import read
+from fedpeft.deployment.keeper import Keeper
 from fedpeft.deployment.roster import enrol, read_keys, write_roster
 from fedpeft.deployment.server_file import ServerFile
 from fedpeft.deployment.server_processes import (
@@ -43,8 +44,8 @@ from fedpeft.durable import acquire, create_file, make_folder, make_private_fold
 from fedpeft.errors import SiteError
 from fedpeft.flower_control import Control, Site
 
-_TICK, _LOOK = 0.5, 3.0
-"""Seconds between two looks at the processes; at the sites."""
+_TICK, _LOOK = 0.5, 2.0
+"""Seconds between two looks at the processes; at sites and runs."""
 
 Tell = Callable[[str], None]
 
@@ -95,7 +96,8 @@ class Server:
         self._link = Child("SuperLink", superlink(file), env, logs / "superlink.log", tell)
         self._exec = Child("SuperExec", superexec(file, env), env, logs / "superexec.log", tell)
         self._control = control_of(file)
-        self._ready, self._enrolled = False, False
+        self._keeper = Keeper(file, self._control, tell)
+        self._ready, self._enrolled, self._kept = False, False, 0.0
         self._over = threading.Event()
 
     def end(self) -> None:
@@ -135,6 +137,9 @@ class Server:
         try:
             if not self._enrolled:
                 self._enrol()
+            if now - self._kept > _LOOK:
+                self._keeper.look(now)
+                self._kept = now
         except SiteError as error:
             self._tell(f"warning: {error}")
             self._ready = False

@@ -1,0 +1,102 @@
+"""Sees to it that every run that was asked for runs to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from fedpeft.deployment.server_file import ServerFile
+from fedpeft.deployment.submissions import State, Submission, died, ended, submitted
+from fedpeft.durable import is_held
+from fedpeft.errors import FedPeftError
+from fedpeft.flower_control import Control, Standing
+
+GRACE = 10.0
+"""Seconds that a server app which has let go of its run folder has to say how it ended."""
+
+
+class Keeper:
+    """Starts what waits, notes what has ended, starts again what has died; see :meth:`look`."""
+
+    def __init__(self, file: ServerFile, control: Control, tell: Callable[[str], None]) -> None:
+        self._file, self._control, self._tell = file, control, tell
+        self._told: dict[str, str] = {}
+        self._mine, self._worked = set[int](), dict[int, float]()
+
+    def look(self, now: float) -> None:
+        """Do what is to be done ``now``, in seconds of a clock that never goes back.
+
+        Raises ``SiteError`` where the SuperLink does not answer.
+        """
+        waiting = list[Submission]()
+        for each in submitted(self._file.home):
+            try:
+                if not each.state.over:
+                    waiting.append(each)
+            except FedPeftError as error:
+                self._once(each.name, str(error))
+        if waiting:
+            runs = self._control.runs()
+            for each in waiting:
+                self._see_to(each, runs, now)
+
+    def _see_to(self, run: Submission, runs: Mapping[int, Standing], now: float) -> None:
+        state, standing = run.state, runs.get(run.state.run)
+        if state.state == "running":
+            if standing and not standing.ended:
+                if run.to_stop:
+                    self._control.stop(state.run)
+                elif self._is_dead(run, now):  # Flower itself would wait for a minute
+                    self._control.stop(state.run)
+                    self._note(run, died(state, run.rounds, "its server app was killed"))
+                return
+            gone = "the SuperLink does not know it any more"
+            after = (
+                ended(state, standing.ended, standing.reason, run.rounds)
+                if standing
+                else died(state, run.rounds, gone)
+            )
+            self._note(run, after)
+        elif run.to_stop:
+            self._note(run, replace(state, state="stopped", reason="stopped before it began"))
+        elif not is_held(run.out):  # else a process of before still writes there
+            self._start(run, runs)
+
+    def _is_dead(self, run: Submission, now: float) -> bool:
+        """Tell whether the server app once worked on the run folder, and has left it unfinished.
+
+        One that another server has started died with it.
+        """
+        number = run.state.run
+        if number not in self._mine:
+            self._worked.setdefault(number, now)
+        if is_held(run.out) or (run.out / "result.json").exists():
+            self._worked[number] = now
+        return now - self._worked.get(number, now) > GRACE
+
+    def _start(self, run: Submission, runs: Mapping[int, Standing]) -> None:
+        """Start a run, or take the one that was started when its number could not be noted."""
+        state, out = run.state, str(run.out)
+        known = (s.run for s in runs.values() if s.out == out and not s.ended)
+        number = next(known, 0)
+        if not number:
+            try:
+                number = self._control.start(run.app, run.config)
+            except FedPeftError as error:
+                self._note(run, died(state, run.rounds, str(error)))
+                return
+        self._mine.add(number)
+        self._note(
+            run, replace(state, state="running", run=number, starts=state.starts + 1, reason="")
+        )
+
+    def _note(self, run: Submission, state: State) -> None:
+        run.state = found = state
+        reason = f" ({found.reason})" if found.reason else ""
+        again = ", it goes on from its last checkpoint" if found.state == "waiting" else ""
+        self._tell(f"run {run.name}: {found.state}{reason}{again}")
+
+    def _once(self, name: str, problem: str) -> None:
+        if self._told.get(name) != problem:
+            self._told[name] = problem
+            self._tell(f"warning: run {name}: {problem}")

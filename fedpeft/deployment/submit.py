@@ -1,0 +1,132 @@
+"""``fedpeft submit``: a plan becomes a run of the server, and is followed to its end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from fedpeft.deployment.server import control_of
+from fedpeft.deployment.server_file import ServerFile
+from fedpeft.deployment.submissions import Submission, check_name, find, free_name, submit
+from fedpeft.durable import is_held
+from fedpeft.errors import PlanError, SiteError
+from fedpeft.flower_config import Settings, run_config
+from fedpeft.plan import Plan
+from fedpeft.types import Scalar
+
+WAIT = 3600.0
+"""Seconds for which a submitted run waits for its clients: sites may be started after it."""
+_OURS = ("out", "resume", "signer", "signature")
+_LOOK = 1.0
+
+Tell = Callable[[str], None]
+
+
+def send(
+    file: ServerFile,
+    plan: Path,
+    lines: Mapping[str, Any],
+    *,
+    name: str = "",
+    key: Path | None = None,
+    resume: bool = False,
+    tell: Tell,
+) -> Submission:
+    """Check a plan wholly and hand it to the server; return what was asked for.
+
+    ``lines`` replace those of the plan, or settings such as ``wait``. Raises ``FedPeftError``
+    before anything is written where something does not fit.
+    """
+    from fedpeft.flower_bundle import as_seen, bundle
+    from fedpeft.preflight import check
+
+    check_running(file)
+    found = Plan.from_yaml(plan, {k: v for k, v in lines.items() if k not in _settings()})
+    settings = _settings_of(file, lines)
+    config = run_config(found)
+    for warning in check(found).warnings:
+        tell(f"warning: {warning}")
+    if resume and not name:
+        raise PlanError("--resume: say with --name which run is meant")
+    name = name or free_name(file.home, plan.stem)
+    check_name(name)
+    settings = replace(settings, out=str(file.runs / name), resume=True)
+    config |= {f.name: getattr(settings, f.name) for f in fields(settings)}
+    app = bundle()
+    if key:
+        config |= _signed(key, as_seen(app, config), app)
+    if not resume:
+        return submit(file.home, name, config, app)
+    taken = find(file.home, name)
+    taken.take_up(config, app)
+    return taken
+
+
+def follow(file: ServerFile, run: Submission, tell: Tell) -> bool:
+    """Show what a run prints until it is over, through deaths and starts; tell if it finished.
+
+    Raises ``KeyboardInterrupt`` where that is not waited for; the run goes on.
+    """
+    shown, after, alone = 0, 0.0, False
+    while not (state := run.state).over:
+        if state.run != shown:
+            shown, after = state.run, 0.0
+        if shown:
+            after = _show(file, shown, after, tell)
+        if not is_held(file.home) and not alone:
+            tell(f"no server runs at {file.home}; the run goes on when it is started again")
+        alone = not is_held(file.home)
+        time.sleep(_LOOK)
+    if state.run:
+        _show(file, state.run, after if state.run == shown else 0.0, tell)
+    reason = f": {state.reason}" if state.reason else ""
+    tell(f"run {run.name} has {state.state}{reason}")
+    return state.state == "finished"
+
+
+def check_running(file: ServerFile) -> None:
+    """Raise ``SiteError`` where no server works in this home, or it is another user's."""
+    if file.home.exists() and not os.access(file.home, os.R_OK | os.X_OK):
+        raise SiteError(f"{file.home}: is another user's; submit as the user who runs the server")
+    if not is_held(file.home):
+        raise SiteError(f"{file.home}: no server runs there; start it first (fedpeft server)")
+
+
+def _show(file: ServerFile, number: int, after: float, tell: Tell) -> float:
+    """Show what a run prints ``after`` a time, until it ends; return the time of the last."""
+    try:
+        with control_of(file) as control:
+            for text, when in control.output(number, after):
+                after = when or after
+                for line in text.splitlines():
+                    tell(line)
+    except SiteError:
+        pass  # the SuperLink is started again, or the server is off
+    return after
+
+
+def _settings() -> dict[str, type]:
+    """Return what may be said of how a run is run, with its kinds."""
+    return {f.name: type(f.default) for f in fields(Settings) if f.name not in _OURS}
+
+
+def _settings_of(file: ServerFile, lines: Mapping[str, Any]) -> Settings:
+    import yaml
+
+    given: dict[str, Any] = {"threads": file.threads, "wait": WAIT}
+    for name, kind in _settings().items():
+        if name in lines:
+            value = yaml.safe_load(lines[name]) if kind is not str else lines[name]
+            given[name] = float(value) if kind is float and type(value) is int else value
+    return Settings(**given)
+
+
+def _signed(key: Path, config: Mapping[str, Scalar], app: bytes) -> dict[str, Scalar]:
+    from fedpeft.deployment.signing import hash_of, sign
+
+    signer, signature = sign(key, config, hash_of(app))
+    return {"signer": signer, "signature": signature}

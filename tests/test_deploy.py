@@ -1,0 +1,59 @@
+"""What ``deploy/`` holds: its files parse, and the commands in them exist."""
+
+from __future__ import annotations
+
+import configparser
+import re
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from fedpeft.cli import app
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+UNITS = sorted(DEPLOY.glob("*.service"))
+COMMANDS = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def test_there_is_a_unit_for_each_side() -> None:
+    assert [path.name for path in UNITS] == ["fedpeft-client@.service", "fedpeft-server.service"]
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_a_unit_starts_a_command_that_exists_and_starts_it_again(path: Path) -> None:
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string(path.read_text(encoding="utf-8"))
+    service = unit["Service"]
+    program, command, file = service["ExecStart"].split()
+    assert program.endswith("/bin/fedpeft")
+    assert command in COMMANDS
+    assert file.endswith(".yaml")
+    assert service["Restart"] == "always"
+    assert service["User"] == "fedpeft"
+    assert service["UMask"] == "0077"
+    assert unit["Install"]["WantedBy"] == "multi-user.target"
+
+
+def test_the_compose_file_starts_commands_that_exist() -> None:
+    found = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
+    services = found["services"]
+    assert set(services) == {"server", "site"}
+    for service in services.values():
+        command, file = service["command"]
+        assert command in COMMANDS
+        assert file.endswith(".yaml")
+        assert {v.split(":")[0] for v in service["volumes"] if not v.startswith(".")} <= set(
+            found["volumes"]
+        )
+    assert services["server"]["ports"] == ["9092:9092"]
+    built = DEPLOY / services["server"]["build"]["context"]
+    assert (built / services["server"]["build"]["dockerfile"]).is_file()
+
+
+def test_the_image_installs_from_the_repository() -> None:
+    text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    assert re.search(r"^RUN pip install .* /src ", text, re.MULTILINE)
+    assert 'ENTRYPOINT ["fedpeft"]' in text
