@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from fedpeft.deployment.roster import read_roster
 from fedpeft.deployment.server import control_of
 from fedpeft.deployment.server_file import ServerFile
 from fedpeft.deployment.submissions import Submission, check_name, find, free_name, submit
@@ -42,13 +43,12 @@ def send(
     before anything is written where something does not fit.
     """
     from fedpeft.flower_bundle import as_seen, bundle
-    from fedpeft.preflight import check
 
     check_running(file)
     found = Plan.from_yaml(plan, {k: v for k, v in lines.items() if k not in _settings()})
     settings = _settings_of(file, lines)
     config = run_config(found)
-    for warning in check(found).warnings:
+    for warning in _checked(file, found):
         tell(f"warning: {warning}")
     if resume and not name:
         raise PlanError("--resume: say with --name which run is meant")
@@ -107,6 +107,20 @@ def _show(file: ServerFile, number: int, after: float, tell: Tell) -> float:
     except SiteError:
         pass  # the SuperLink is started again, or the server is off
     return after
+
+
+def _checked(file: ServerFile, plan: Plan) -> Iterator[str]:
+    """Check a plan with its data, as far as it is here; yield warnings."""
+    from fedpeft.preflight import check
+    from fedpeft.scattered import gathered, is_scattered
+
+    own = is_scattered(plan)
+    checked = check(plan, gathered(plan) if own else None)
+    yield from checked.warnings
+    if own and file.keys:
+        known = set(read_roster(file.home / "roster.json").values())
+        for site in sorted(set(checked.federation.population) - known):
+            yield f"data: {site} is no site of this server yet; the run waits for it (wait)"
 
 
 def _settings() -> dict[str, type]:
