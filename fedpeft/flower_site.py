@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from flwr.app import Error, Message
 from flwr.common.config import get_fused_config_from_fab
@@ -24,16 +24,19 @@ from fedpeft.errors import FedPeftError, SiteError
 from fedpeft.flower import REFUSED, log
 from fedpeft.types import Scalar
 
+Owners: TypeAlias = Callable[[], "Sequence[Path] | None"]
+"""Says who may submit runs, as it is now: files of public keys; ``None`` is anybody."""
+
 _PULL, _INSERT = "_pull_and_store_message", "_insert_message"
 _GIVEN = ("state", "object_store", "receive", "get_run", "get_fab")
 """Arguments of Flower's function that are used here; others are passed on."""
 
 
-def supernode(arguments: Sequence[str], owners: Sequence[Path] | None) -> NoReturn:
+def supernode(arguments: Sequence[str], owners: Owners) -> NoReturn:
     """Be a SuperNode with the arguments of ``flower-supernode``, until it ends.
 
-    Only runs that one of ``owners`` (files of public keys) signed get onto this machine; ``None``
-    takes whatever the server sends. Raises ``SiteError`` where this version of Flower is not known.
+    Only runs that one of ``owners`` signed get onto this machine. Raises ``SiteError`` where this
+    version of Flower is not known.
     """
     from flwr.supernode import start_client_internal as flower
     from flwr.supernode.cli import flower_supernode
@@ -57,7 +60,7 @@ def superexec(arguments: Sequence[str]) -> None:
 class Admission:
     """What a run has to bring; call it with the run and its bundle as the server sent them."""
 
-    owners: Sequence[Path] | None
+    owners: Owners
 
     def __call__(self, run: Any, bundle: Any) -> None:
         """Raise ``SiteError`` with the reason where it is not taken."""
@@ -65,8 +68,9 @@ class Admission:
         if not found == bundle.hash_str == run.fab_hash:
             raise SiteError("the server sent another app than the run names")
         config = _config(run, bundle.content)
-        if self.owners is not None:
-            verify(config, found, self.owners)
+        owners = self.owners()
+        if owners is not None:
+            verify(config, found, owners)
 
 
 def guard(flower: Any, admit: Callable[[Any, Any], None]) -> None:

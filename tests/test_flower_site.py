@@ -31,6 +31,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate import NodeStateFactory
 
+from fedpeft.deployment.here import owners
 from fedpeft.deployment.signing import hash_of, make_owner, sign
 from fedpeft.errors import SiteError
 from fedpeft.flower import REFUSED
@@ -185,7 +186,7 @@ def tasks(site: Site) -> int:
 
 
 def test_a_run_that_an_owner_signed_is_taken(keys: Path) -> None:
-    site, app = Site(Admission([keys / "alice" / "owner.pub"])), bundle("good")
+    site, app = Site(Admission(lambda: [keys / "alice" / "owner.pub"])), bundle("good")
     site.has(7, app, **signed(keys, app))
     assert site.pull(7) == 7
     assert not site.replies()
@@ -197,7 +198,7 @@ def test_a_run_that_an_owner_signed_is_taken(keys: Path) -> None:
 
 
 def test_whatever_else_is_answered_with_the_reason_and_nothing_of_it_is_kept(keys: Path) -> None:
-    owners = [keys / "alice" / "owner.pub"]
+    alice = [keys / "alice" / "owner.pub"]
     good, evil = bundle("good"), bundle("evil")
     cases = {
         "is not signed": (evil, {}),
@@ -208,7 +209,7 @@ def test_whatever_else_is_answered_with_the_reason_and_nothing_of_it_is_kept(key
         "app or configuration cannot be read": (b"no archive", {}),
     }
     for reason, (app, config) in cases.items():
-        site = Site(Admission(owners))
+        site = Site(Admission(lambda: alice))
         site.has(7, app, **config)
         for _ in range(2):  # asked again, it is refused again
             assert site.pull(7) == 7
@@ -226,13 +227,13 @@ def test_whatever_else_is_answered_with_the_reason_and_nothing_of_it_is_kept(key
 def test_what_was_checked_is_what_flower_gets(keys: Path) -> None:
     """A server that shows one bundle and then sends another does not get it in."""
     good, evil = bundle("good"), bundle("evil")
-    site = Site(Admission([keys / "alice" / "owner.pub"]))
+    site = Site(Admission(lambda: [keys / "alice" / "owner.pub"]))
     site.has(7, good, evil, **signed(keys, good))
     assert site.pull(7) == 7
     kept = site.state.get_fab(hash_of(good))
     assert kept is not None
     assert kept.content == good
-    other = Site(Admission([keys / "alice" / "owner.pub"]))
+    other = Site(Admission(lambda: [keys / "alice" / "owner.pub"]))
     other.has(7, good, **signed(keys, good))
     other.bundles[hash_of(good)] = [Fab(hash_of(good), evil, {})]
     assert other.pull(7) == 7
@@ -240,7 +241,7 @@ def test_what_was_checked_is_what_flower_gets(keys: Path) -> None:
 
 
 def test_a_site_without_owners_takes_any_run_that_can_be_read() -> None:
-    site = Site(Admission(None))
+    site = Site(Admission(lambda: None))
     site.has(7, bundle("any"), rounds=5)
     site.has(8, bundle("any"), strange=5)
     assert [site.pull(7), len(site.replies())] == [7, 0]
@@ -248,8 +249,32 @@ def test_a_site_without_owners_takes_any_run_that_can_be_read() -> None:
     assert "cannot be read (Key 'strange' is not present" in site.replies()[0][1]
 
 
+def test_who_may_submit_is_looked_up_for_each_run(
+    keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An owner who is taken out of client.yaml brings no further run in."""
+    file, app = tmp_path / "client.yaml", bundle("good")
+    known = {name: str(keys / name / "owner.pub") for name in ("alice", "mallory")}
+
+    def write(*names: str) -> None:
+        lines = {"site": "a", "server": "127.0.0.1:1", "insecure": True}
+        file.write_text(json.dumps({**lines, "owners": [known[name] for name in names]}))
+
+    monkeypatch.setenv("FEDPEFT_CLIENT", str(file))
+    site = Site(Admission(owners))
+    for number, names in enumerate([("alice", "mallory"), ("alice",), ()]):
+        write(*names)
+        site.has(number, app, **signed(keys, app, "mallory"))
+        assert site.pull(number) == number
+        assert len(site.replies()) == int(number > 0)
+    file.write_text("owners: [")
+    site.has(9, app, **signed(keys, app))
+    site.pull(9)
+    assert site.state.get_run(9) is None
+
+
 def test_a_run_that_is_over_is_passed_over_as_flower_does(keys: Path) -> None:
-    site = Site(Admission([]))
+    site = Site(Admission(lambda: ()))
     assert site.pull(9) is None
     assert not site.replies()
 
@@ -268,7 +293,7 @@ def test_another_flower_is_not_trusted(lacks: str) -> None:
     if lacks.startswith("_"):
         delattr(module, lacks)
     with pytest.raises(SiteError, match=r"flwr \S+: pulls messages otherwise"):
-        guard(module, Admission(None))
+        guard(module, Admission(lambda: None))
 
 
 def test_flower_calls_what_is_wrapped_by_its_name() -> None:
@@ -287,7 +312,7 @@ def returns():  # as it does where its connection broke, beside threads that go 
     threading.Thread(target=time.sleep, args=(600,)).start()
 
 flower.flower_supernode = returns
-supernode([], None)
+supernode([], lambda: None)
 """
 
 
@@ -303,7 +328,8 @@ import sys
 from pathlib import Path
 from fedpeft.flower_site import supernode
 
-supernode(sys.argv[2:], [Path(sys.argv[1])])
+known = [Path(sys.argv[1])]
+supernode(sys.argv[2:], lambda: known)
 """
 
 

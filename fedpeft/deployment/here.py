@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fedpeft.deployment.client_file import ClientFile, load_client
 from fedpeft.types import Scalar
@@ -21,14 +22,23 @@ def this_site() -> ClientFile | None:
     return load_client(given) if given else None
 
 
+def owners() -> Sequence[Path] | None:
+    """Return the files of the keys of those who may submit runs; ``None`` is anybody.
+
+    Raises ``SiteError`` as :func:`this_site` does.
+    """
+    site = this_site()
+    return site.owners if site else None
+
+
 def check_signed(config: Mapping[str, Scalar]) -> None:
     """Raise ``SiteError`` where this site has owners and none of them signed this run-config.
 
     That the app is the signed one was checked before it was unpacked (``fedpeft/flower_site.py``).
     """
-    site = this_site()
-    if site is None or site.owners is None:
+    known = owners()
+    if known is None:
         return
     from fedpeft.deployment.signing import verify
 
-    verify(config, None, site.owners)
+    verify(config, None, known)

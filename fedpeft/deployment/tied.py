@@ -119,11 +119,10 @@ def main(arguments: Sequence[str]) -> None:
 
             superexec(given)
         else:
-            from fedpeft.deployment.here import this_site
+            from fedpeft.deployment.here import owners
             from fedpeft.flower_site import supernode
 
-            site = this_site()
-            supernode(given, site.owners if site else None)
+            supernode(given, owners)
     except FedPeftError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(REFUSES)
