@@ -25,6 +25,10 @@ _MOVED = 0.02
 """By how much tensors are moved to see the gradients of all: half of a fresh LoRA's are zero."""
 
 
+_SPREAD = 4.0
+"""By how much logits of features of about 1 differ then: losses do, and nothing saturates."""
+
+
 @runtime_checkable
 class Holder(Protocol):
     """What a process that plays clients has besides where these hide records (``site.Site``)."""
@@ -74,7 +78,9 @@ def check_records(plan: Plan, site: Client, client: str, tensors: Tensors, round
     """See once in a process that records which share a pass have the gradients of each alone.
 
     On a few of a client's records, of all lengths, with nothing zero in the adapter: ``tensors``
-    in ``round``. Raises ``ModelError`` where they have not.
+    in ``round``. Then with a head whose losses differ much, as a trained one's do: what mixes
+    records by how large their losses are cannot be seen where these are equal. Raises
+    ``ModelError`` where they have not.
     """
     from fedpeft.per_example import check
     from fedpeft.stacking import stack
@@ -84,14 +90,17 @@ def check_records(plan: Plan, site: Client, client: str, tensors: Tensors, round
     records, rng = site.train(client), derive(plan.seed, "records")
     order = np.argsort(lengths_of(records), kind="stable").tolist()
     chosen = sorted({order[0], order[len(order) // 2], order[-1]})
-    moved = {
-        k: (v + _MOVED * rng.standard_normal(v.shape)).astype(v.dtype) for k, v in tensors.items()
-    }
-    trains = site.tables.roles(round).train
-    stacked = stack(padded([moved], site.tables.shapes), site.learner.device)
-    params = {k: v for k, v in stacked.items() if k in trains}
-    fixed = {k: v for k, v in stacked.items() if k not in trains}
-    check(site.learner, params, fixed, [records[i] for i in chosen])
+    head, trains = site.tables.head, site.tables.roles(round).train
+    for spread in (0.0, _SPREAD) if head & {*tensors} else (0.0,):
+        far = {name: spread / math.sqrt(math.prod(tensors[name].shape[1:])) for name in head}
+        moved = {
+            k: (v + max(_MOVED, far.get(k, 0.0)) * rng.standard_normal(v.shape)).astype(v.dtype)
+            for k, v in tensors.items()
+        }
+        stacked = stack(padded([moved], site.tables.shapes), site.learner.device)
+        params = {k: v for k, v in stacked.items() if k in trains}
+        fixed = {k: v for k, v in stacked.items() if k not in trains}
+        check(site.learner, params, fixed, [records[i] for i in chosen])
     if len(chosen) > 1:  # one alone has been compared with nothing
         _checked.add(site.learner)
 

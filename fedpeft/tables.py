@@ -50,8 +50,8 @@ class Tables:
     """
 
     def __init__(self, plan: Plan, shapes: Shapes, head: Collection[str] = ()) -> None:
-        self._plan, self.shapes, self._head = plan, shapes, frozenset(head)
-        self.uplink, self.downlink = (Coding(c, self._head) for c in (plan.uplink, plan.downlink))
+        self._plan, self.shapes, self.head = plan, shapes, frozenset(head)
+        self.uplink, self.downlink = (Coding(c, self.head) for c in (plan.uplink, plan.downlink))
         self._narrowing = plan.adapter if isinstance(plan.adapter, Narrowing) else None
         self._of: tuple[int | None, dict[str, Tables]] = (None, {})
         self._narrow: dict[tuple[tuple[int, ...], ...], Tables] = {}
@@ -148,7 +148,7 @@ class Tables:
                 "correction: sends control state of every entry, and clients of mixed ranks have "
                 "not the same entries; use correction: none"
             )
-        return Tables(self._plan, shapes, self._head)
+        return Tables(self._plan, shapes, self.head)
 
     def _new_down(self, round: int) -> dict[str, Shapes]:
         down = self.roles(round).down

@@ -157,6 +157,30 @@ def test_a_client_with_one_record_checks_for_nobody_else(bert: Path) -> None:
     made.close()
 
 
+class Focused(Classify):
+    """A task that looks at those records whose losses are larger than the others'."""
+
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return losses, each with a weight that follows from all and is no part of gradients."""
+        each = super().losses(logits, labels)
+        return each * (torch.softmax(each, 0) * len(each)).detach()
+
+
+@pytest.mark.parametrize("adapter", ["lora(r=4)", "lora(r=4, head='local')", "head"])
+def test_records_that_mix_only_where_losses_differ_are_found_on_a_fresh_head(
+    bert: Path, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(private(bert, adapter=adapter), task=Focused())
+    made = Site(plan, deal(plan))
+    with monkeypatch.context() as patch:  # where losses are nearly equal nothing is to be seen
+        patch.setattr("fedpeft.hiding._SPREAD", 0.0)
+        hiding.check_records(plan, made, "client-000", made.initial, 0)
+    hiding._checked.discard(made.learner)
+    with pytest.raises(ModelError, match="depends on the others in its batch"):
+        hiding.check_records(plan, made, "client-000", made.initial, 0)
+    made.close()
+
+
 class Broken:
     """A learner for which records of one length have gradients that are not finite."""
 
