@@ -199,6 +199,22 @@ def test_a_server_app_dies_with_the_server_that_started_it(scene: Scene) -> None
     assert run.state.state == "waiting"
 
 
+def test_a_server_may_be_started_again_as_often_as_wanted(scene: Scene) -> None:
+    run = scene.submit()
+    for starts in range(1, 8):
+        scene.look()
+        assert run.state == State("running", run=100 + starts, starts=starts)
+        scene.again()
+        if starts % 2:
+            scene.link.end(run.state.run, "failed", "Task failed with unknown error.")
+        else:
+            scene.look()
+            scene.look(11.0)
+            continue
+        scene.look()
+    assert run.state.state == "waiting"
+
+
 def test_a_run_that_has_finished_is_not_dead(scene: Scene) -> None:
     run = scene.submit()
     scene.look()
@@ -313,4 +329,6 @@ def test_tries_begin_anew_with_a_round() -> None:
     state = State("running", run=1, tries=2, rounds=4)
     assert died(state, 5, "x") == State("waiting", run=1, tries=1, rounds=5, reason="x")
     assert died(state, 4, "x").state == "failed"
+    assert died(state, 4, "x", blamed=False) == State("waiting", 1, 0, 2, 4, "x")
+    assert died(state, 6, "x", blamed=False) == State("waiting", 1, 0, 0, 6, "x")
     assert issubclass(RunError, FedPeftError)

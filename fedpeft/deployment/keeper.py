@@ -11,6 +11,7 @@ from fedpeft.durable import is_held
 from fedpeft.errors import FedPeftError
 from fedpeft.flower_control import Control, Standing
 
+_KILLED = "its server app was killed"
 GRACE = 10.0
 """Seconds that a server app which has let go of its run folder has to say how it ended."""
 
@@ -42,19 +43,20 @@ class Keeper:
 
     def _see_to(self, run: Submission, runs: Mapping[int, Standing], now: float) -> None:
         state, standing = run.state, runs.get(run.state.run)
+        mine = state.run in self._mine
         if state.state == "running":
             if standing and not standing.ended:
                 if run.to_stop:
                     self._control.stop(state.run)
                 elif self._is_dead(run, now):  # Flower itself would wait for a minute
                     self._control.stop(state.run)
-                    self._note(run, died(state, run.rounds, "its server app was killed"))
+                    self._note(run, died(state, run.rounds, _KILLED, blamed=mine))
                 return
             gone = "the SuperLink does not know it any more"
             after = (
-                ended(state, standing.ended, standing.reason, run.rounds)
+                ended(state, standing.ended, standing.reason, run.rounds, blamed=mine)
                 if standing
-                else died(state, run.rounds, gone)
+                else died(state, run.rounds, gone, blamed=mine)
             )
             self._note(run, after)
         elif run.to_stop:

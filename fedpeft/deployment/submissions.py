@@ -185,17 +185,23 @@ def free_name(home: Path, wanted: str) -> str:
     return next(name for name in names if not is_taken(home, name))
 
 
-def died(state: State, rounds: int, reason: str) -> State:
-    """Return the state after a death of the server app, with ``rounds`` over: go on, or give up."""
-    tries = 1 if rounds > state.rounds else state.tries + 1
+def died(state: State, rounds: int, reason: str, *, blamed: bool = True) -> State:
+    """Return the state after a death of the server app, with ``rounds`` over: go on, or give up.
+
+    One that is not ``blamed`` died with the server, which may be started again as often as wanted.
+    """
+    tries = (0 if rounds > state.rounds else state.tries) + blamed
     if tries >= TRIES:
         told = f"died {tries} times without a new round; the last time: {reason}"
         return replace(state, state="failed", tries=tries, reason=told)
     return replace(state, state="waiting", tries=tries, rounds=rounds, reason=reason)
 
 
-def ended(state: State, how: str, reason: str, rounds: int) -> State:
-    """Return the state after Flower's run has ended: ``completed``, ``stopped`` or ``failed``."""
+def ended(state: State, how: str, reason: str, rounds: int, *, blamed: bool = True) -> State:
+    """Return the state after Flower's run has ended: ``completed``, ``stopped`` or ``failed``.
+
+    ``rounds`` and ``blamed`` are those of :func:`died`.
+    """
     if how == "completed":
         return replace(state, state="finished", reason="")
     if how == "stopped":
@@ -203,7 +209,7 @@ def ended(state: State, how: str, reason: str, rounds: int) -> State:
     _, found, told = reason.partition(_ON_PURPOSE)
     if found:
         return replace(state, state="failed", reason=told)
-    return died(state, rounds, reason or "no reason given")
+    return died(state, rounds, reason or "no reason given", blamed=blamed)
 
 
 def _read(path: Path) -> dict[str, Any]:
