@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ Owners: TypeAlias = Callable[[], "Sequence[Path] | None"]
 _PULL, _INSERT = "_pull_and_store_message", "_insert_message"
 _GIVEN = ("state", "object_store", "receive", "get_run", "get_fab")
 """Arguments of Flower's function that are used here; others are passed on."""
+_BUSY, _GLANCE = 60.0, 0.3
+"""Seconds after a message for which the next is looked for often; between two such looks. Flower's
+own, while nothing comes, are 3 seconds apart, which is half of a short round."""
 
 
 def supernode(arguments: Sequence[str], owners: Owners) -> NoReturn:
@@ -102,9 +106,19 @@ class _Guarded:
         self._pull, self._insert, self._admit = pull, insert, admit
         self._known: dict[int, tuple[Any, Any]] = {}
         self._message: Message | None = None
+        self._busy = -_BUSY
 
     def __call__(self, **given: Any) -> int | None:
-        """Pull a message as Flower does; answer it with the reason where its run is not taken."""
+        """Pull a message as Flower does, and more often while a run goes on."""
+        while (run := self._one(given)) is None:
+            if time.monotonic() > self._busy + _BUSY:
+                return None
+            time.sleep(_GLANCE)
+        self._busy = time.monotonic()
+        return run
+
+    def _one(self, given: Mapping[str, Any]) -> int | None:
+        """Pull a message; answer it with the reason where its run is not taken."""
         receive, get_run, get_fab = (given[name] for name in _GIVEN[2:])
         self._message = None
 

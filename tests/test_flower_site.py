@@ -31,6 +31,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate import NodeStateFactory
 
+from fedpeft import flower_site
 from fedpeft.deployment.here import owners
 from fedpeft.deployment.signing import hash_of, make_owner, sign
 from fedpeft.errors import SiteError
@@ -118,6 +119,12 @@ def signed(keys: Path, app: bytes, name: str = "alice", **config: Any) -> dict[s
     whole = {"rounds": 3, **config}
     signer, signature = sign(keys / name / "owner.key", whole, hash_of(app))
     return {**config, "signer": signer, "signature": signature}
+
+
+@pytest.fixture(autouse=True)
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is waited for, unless a test says so."""
+    monkeypatch.setattr(flower_site, "_BUSY", -1.0)
 
 
 class Site:
