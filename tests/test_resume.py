@@ -31,6 +31,8 @@ FAST = (
 )
 TIMES = {"plan": 3, "memory": 9, "checkpoint": 3, "ledger": 3, "compare": 3}
 """How often each kind is written by the plan in ``killing.LINES``; other kinds once."""
+ELSEWHERE = ("spending", "reply", "roster", "submission")
+"""Kinds of files that nodes and servers write, not simulations of that plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def test_the_plan_writes_all_there_is(whole: Whole) -> None:
         *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     }
     assert sum(name.startswith("memory/") for name in found) == 4
-    assert set(TIMES) | {"adapter", "result", "spending", "reply"} == set(KINDS)
+    assert set(TIMES) | {"adapter", "result", *ELSEWHERE} == set(KINDS)
     table = whole.ended.table
     assert table is not None
     assert list(table["rows"]) == ["base", "federated", "central"]
@@ -116,7 +118,7 @@ def test_killed_and_resumed_is_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [f for f in FAULTS if not f.startswith(("spending", "reply"))])
+@pytest.mark.parametrize("fault", [f for f in FAULTS if not f.startswith(ELSEWHERE)])
 def test_killed_at_every_point_and_resumed_is_the_same(
     runs: Runs, whole: Whole, tmp_path: Path, fault: str
 ) -> None:
