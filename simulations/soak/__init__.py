@@ -1,0 +1,1 @@
+"""A federation for many rounds, and the memory of its processes."""
