@@ -15,8 +15,8 @@ from fedpeft.tensors import is_within, shapes_of
 from fedpeft.types import Population, Tensors, Update, Weights
 from fedpeft.wire import Message, unpack
 
-_LARGEST, _MOST_WORDS = 1e15, 300
-"""No honest update, loss or sum of rates is larger; no reason that is kept is longer."""
+_LARGEST = 1e15
+"""No honest update, loss or sum of rates is larger."""
 
 
 def admit(
@@ -75,11 +75,6 @@ def _less(tables: Tables, own: Tables) -> str:
     if less is None:
         return "; by the plan this client has the whole adapter" if tables.mixed else ""
     return f"; by the plan this client has {own.shapes[less]} of {tables.shapes[less]} in {less}"
-
-
-def printable(reason: str) -> str:
-    """Return a reason that may be shown and stored, whatever a client put into it."""
-    return "".join(c if c.isprintable() else "?" for c in reason)[:_MOST_WORDS]
 
 
 def _report(told: Any, steps: int, seen: int, *, untold: bool) -> tuple[dict[str, float], float]:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fedpeft.errors import RunError
-from fedpeft.faults import fault
+from fedpeft.faults import fault, is_feared
 
 KINDS = (
     "plan",
@@ -40,7 +40,7 @@ FAULTS = tuple(f"{kind}.{moment}" for kind in KINDS for moment in MOMENTS)
 _AT_ONCE = 8
 """Files waiting for the disk together: it writes them in fewer turns."""
 
-_GLANCES, _GLANCE = 4, 0.02
+_GLANCES, _GLANCE = 25, 0.02
 """How often, after how many seconds, a lock is asked for: who looks has it for microseconds."""
 
 
@@ -219,7 +219,7 @@ def _write(path: Path, pieces: Iterable[bytes], kind: str, mode: str, allowed: i
     data = b"".join(pieces)
     fault(f"{kind}.begun")
     with open(path, mode, opener=lambda name, flags: os.open(name, flags, allowed)) as file:
-        if os.environ.get("FEDPEFT_FAULT", "").startswith(f"{kind}.half"):
+        if is_feared(f"{kind}.half"):
             file.write(data[: len(data) // 2])
             file.flush()
             fault(f"{kind}.half")

@@ -18,6 +18,9 @@ The command line prints the message after ``error:`` and exits with status 2.
 
 from __future__ import annotations
 
+_MOST_WORDS = 300
+"""No reason that is kept is longer."""
+
 
 class FedPeftError(Exception):
     """Base class; its message is one line that names the place, the value and the remedy."""
@@ -69,3 +72,8 @@ class RunError(FedPeftError, OSError):
 
 class DamagedError(RunError):
     """A file of a run whose content is not what was written."""
+
+
+def printable(reason: str) -> str:
+    """Return a reason that may be shown and stored, whatever somebody else put into it."""
+    return "".join(c if c.isprintable() else "?" for c in reason)[:_MOST_WORDS]

@@ -30,6 +30,12 @@ def fault(point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def is_feared(point: str) -> bool:
+    """Tell whether this process may be told to die at ``point``."""
+    told = os.environ.get("FEDPEFT_FAULT", "").partition(":")[0] == point
+    return told or bool(os.environ.get("FEDPEFT_FAULT_FILE"))
+
+
 def _die_once(point: str, place: Path) -> None:
     try:
         if place.read_text(encoding="utf-8").strip() != point:

@@ -11,15 +11,15 @@ from typing import Generic, TypeAlias, TypeVar
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.errors import FedPeftError, RunError
+from fedpeft.errors import FedPeftError, RunError, printable
 from fedpeft.faults import fault
 from fedpeft.flower import REFUSED, log, packet_record
 from fedpeft.wire import Message as Packed
 
-_APP_FAILED = (1, 2, 7, 8)  # Flower: app not loaded, app raised, bad bundle, app crashed
+_APP_FAILED, _APP_CRASHED = (1, 2, 7), 8  # Flower: app not loaded, app raised, bad bundle
 _KEPT = 60.0  # seconds that Flower keeps a message beyond its deadline
-_PAUSE = 2.0  # seconds before somebody is asked again
-_TRIES = 4  # times that an app may fail at the same request
+PAUSE = 2.0  # seconds before somebody is asked again
+TRIES = 4  # times that an app may fail at the same request
 
 Answer: TypeAlias = "RecordDict | FedPeftError"
 Key = TypeVar("Key", bound=Hashable)
@@ -30,7 +30,11 @@ class Refusal(RunError):
 
 
 class Failure(Refusal):
-    """The app at the client broke down, or was killed."""
+    """The app at the client broke down."""
+
+
+class Crash(Failure):
+    """The process of the app at the client ended, as where it was killed."""
 
 
 @dataclass(slots=True)
@@ -149,10 +153,10 @@ class Errands(Generic[Key]):
         """Tell whether a request is sent again whose answer is this one."""
         lost = isinstance(found, FedPeftError) and not isinstance(found, Refusal)
         errand.failed += isinstance(found, Failure)
-        if not self._every or not (lost or (isinstance(found, Failure) and errand.failed < _TRIES)):
+        if not self._every or not (lost or (isinstance(found, Failure) and errand.failed < TRIES)):
             return False
         log.warning("%s is asked again: %s", errand.client, found)
-        errand.due = time.monotonic() + _PAUSE
+        errand.due = time.monotonic() + PAUSE
         return True
 
     def _pushed(self, key: Key) -> bool:
@@ -160,7 +164,7 @@ class Errands(Generic[Key]):
         errand = self._errands[key]
         content, seconds = packet_record(errand.message, errand.client), self._deadline
         message = self._post.push(self._node_of(errand.client), errand.kind, content, seconds)
-        errand.due = math.inf if message else time.monotonic() + _PAUSE
+        errand.due = math.inf if message else time.monotonic() + PAUSE
         if message:
             self._sent[message] = key
         return bool(message)
@@ -177,8 +181,8 @@ def _answer(reply: Message) -> Answer:
     if not reply.has_error():
         return reply.content
     told = (reply.error.reason or "no reason given").strip().strip("'>").splitlines()
-    text = (told or ["no reason given"])[-1].strip()[:500]
-    if reply.error.code == REFUSED:
+    text = printable((told or ["no reason given"])[-1].strip())
+    if (code := reply.error.code) == REFUSED:
         return Refusal(text)
-    kind = Failure if reply.error.code in _APP_FAILED else RunError
-    return kind(f"{text} (code {reply.error.code})")
+    lost = Crash if code == _APP_CRASHED else RunError
+    return (Failure if code in _APP_FAILED else lost)(f"{text} (code {code})")

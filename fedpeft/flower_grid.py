@@ -12,9 +12,10 @@ from flwr.app import MessageType as Kind
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
+from fedpeft import flower_errands
 from fedpeft.errors import FedPeftError, RunError
 from fedpeft.flower import log, read_hello, read_metrics, read_packet
-from fedpeft.flower_errands import Answer, Errands, Key, Refusal, content_of
+from fedpeft.flower_errands import Answer, Crash, Errands, Key, Refusal, content_of
 from fedpeft.flower_errands import Post as Messages
 from fedpeft.flower_roll import Roll
 from fedpeft.grouping import Grouping
@@ -55,6 +56,7 @@ class GridEngine:
         self._roll, self._wait = Roll({}, "", ""), 0.0
         self._greeted: dict[str, int] = {}
         self._silent: dict[str, str] = {}
+        self._later: dict[int, tuple[float, int]] = {}
         self._present: frozenset[int] = frozenset()
         self._began, self._gone, self._seen = time.monotonic(), 0, -math.inf
         self._flying: Errands[Flight] = self._errands()
@@ -105,17 +107,33 @@ class GridEngine:
     def _look(self) -> None:
         """See which nodes are there, greet new ones and hear what those say that were greeted."""
         self._present, self._seen = frozenset(self._grid.get_node_ids()), time.monotonic()
-        for node in sorted(self._present - {*self._greeted.values()}):
+        known = {*self._greeted.values()}
+        for node in sorted(self._present - known):
+            if time.monotonic() < self._later.get(node, (0.0, 0))[0]:
+                continue
             if pushed := self._messages.push(node, Kind.QUERY, RecordDict(), self._wait):
                 self._greeted[pushed], self._silent[pushed] = node, f"node {node}"
         for message, name, found in list(self._messages.pull(self._silent)):
+            if self._greets_again(message, name, found):
+                continue
             self._roll.heard += 1
             try:
                 hello = read_hello(content_of(found))
                 self._roll.welcome(hello, self._greeted[message], self._present)
             except FedPeftError as error:
-                self._roll.problems.append(f"{name}: {error}")
-                log.warning("%s", self._roll.problems[-1])
+                self._roll.turn_away(self._greeted[message], f"{name}: {error}")
+
+    def _greets_again(self, message: str, name: str, found: Answer) -> bool:
+        """Tell whether an answer to a greeting was lost: a node, or the app there, was killed."""
+        node = self._greeted[message]
+        tries = self._later.get(node, (0.0, 0))[1] + isinstance(found, Crash)
+        lost = isinstance(found, FedPeftError) and not isinstance(found, Refusal)
+        if not lost and not (isinstance(found, Crash) and tries < flower_errands.TRIES):
+            return False
+        log.warning("%s is greeted again: %s", name, found)
+        self._later[node] = time.monotonic() + flower_errands.PAUSE, tries
+        del self._greeted[message]
+        return True
 
     def start(self, clock: float) -> None:
         """Begin, or go on, at ``clock``."""

@@ -31,6 +31,13 @@ class Roll:
     total: int = 0
     roster: Callable[[], Mapping[int, str]] = dict
     records: dict[str, int] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
+
+    def turn_away(self, node: int, problem: str) -> None:
+        """Note why a node plays nobody."""
+        self.refused.add(node)
+        self.problems.append(problem)
+        log.warning("%s", problem)
 
     @property
     def missing(self) -> list[str]:
@@ -44,12 +51,13 @@ class Roll:
 
     @property
     def hopeless(self) -> bool:
-        """Whether clients are missing though every node has spoken that there should be."""
-        if self._own:
-            return bool(self.problems) and len(self.nodes) + len(self.problems) >= len(
-                self.expected
-            )
-        return 0 < self.total <= self.heard
+        """Whether clients are missing and those who could play them have spoken."""
+        if not self._own:
+            return 0 < self.total <= self.heard
+        nodes = {site: node for node, site in self.roster().items()}
+        if nodes:  # another site's refusal is not that of one that may still come
+            return any(nodes.get(client) in self.refused for client in self.missing)
+        return bool(self.refused) and len(self.nodes) + len(self.refused) >= len(self.expected)
 
     @property
     def population(self) -> Population:
@@ -91,7 +99,7 @@ class Roll:
     def _check_site(self, hello: Hello, node: int) -> None:
         """Raise ``RunError`` where a site plays another's client."""
         roster = self.roster()
-        if not any(site in self.expected for site in roster.values()):
+        if not roster or not (self._own or any(s in self.expected for s in roster.values())):
             return  # a plan whose clients are no sites
         site = roster.get(node)
         for client in hello.clients:

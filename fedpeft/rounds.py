@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedpeft.admission import admit, printable
+from fedpeft.admission import admit
 from fedpeft.broadcasts import as_decoded, moved
 from fedpeft.conversion import Aged
 from fedpeft.diagnostics import Spread
-from fedpeft.errors import PlanError, RunError, WireError
+from fedpeft.errors import PlanError, RunError, WireError, printable
 from fedpeft.last_updates import Recall
 from fedpeft.memory import MemoryStore
 from fedpeft.phases import Ask, Later, Reply, Sum, nobody

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft.admission import admit, printable
-from fedpeft.errors import PlanError, WireError
+from fedpeft.admission import admit
+from fedpeft.errors import PlanError, WireError, printable
 from fedpeft.plan import Plan
 from fedpeft.tables import Tables
 from fedpeft.types import Packet, Roles, Weights

@@ -57,3 +57,9 @@ def test_the_image_installs_from_the_repository() -> None:
     text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
     assert re.search(r"^RUN pip install .* /src ", text, re.MULTILINE)
     assert 'ENTRYPOINT ["fedpeft"]' in text
+    copied = re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE)
+    assert " ".join(copied).split() == [
+        *("pyproject.toml", "README.md", "LICENSE", "fedpeft", "client", "server")
+    ]  # never keys, records or state that lie beside the compose file
+    assert all((DEPLOY.parent / name).exists() for name in " ".join(copied).split())
+    assert "-o fedpeft -g fedpeft -m 700 /state" in text  # else the volume is root's

@@ -36,6 +36,29 @@ def test_a_process_dies_where_its_environment_says(env: dict[str, str], points: 
     assert passed(**env) == (signal.SIGKILL * killed, points)
 
 
+WRITES = """
+import sys
+from pathlib import Path
+from fedpeft.durable import append_line, replace_file
+append_line(Path(sys.argv[1]), "a line", "ledger")
+replace_file(Path(sys.argv[1] + ".other"), [b"0123456789"], "checkpoint")
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "left"), [("ledger.half", b"a l"), ("ledger.written", b"a line\n")]
+)
+def test_a_file_tells_where_in_writing_a_process_dies(
+    tmp_path: Path, point: str, left: bytes
+) -> None:
+    told, written = tmp_path / "fault", tmp_path / "lines"
+    told.write_text(point)
+    command, env = [sys.executable, "-c", WRITES, str(written)], {"FEDPEFT_FAULT_FILE": str(told)}
+    done = subprocess.run(command, env=os.environ | env, timeout=60)
+    assert (-done.returncode, told.exists()) == (signal.SIGKILL, False)
+    assert written.read_bytes() == left
+
+
 def test_of_processes_that_are_told_by_a_file_one_dies_once(tmp_path: Path) -> None:
     told = tmp_path / "fault"
     told.write_text("b.begun\n")

@@ -23,7 +23,7 @@ LINES = {"correction": "scaffold", "trainer": SGD, "rounds": 3}
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flower_errands, "_PAUSE", 0.05)
+    monkeypatch.setattr(flower_errands, "PAUSE", 0.05)
 
 
 def losing(grid: FakeGrid, when: Callable[[int, int, str], int]) -> list[tuple[int, str]]:
@@ -165,3 +165,41 @@ def test_where_nobody_ever_comes_the_first_greeting_still_ends(bert: Path, tmp_p
     grid.nodes = {node: place for node, place in grid.nodes.items() if place != 3}
     with pytest.raises(RunError, match="client-003"):
         serve(grid)
+
+
+@pytest.mark.parametrize("code", [5, 8], ids=["node killed", "app killed"])
+@pytest.mark.parametrize("every", [False, True])
+def test_a_node_that_is_killed_while_it_is_greeted_is_greeted_again(
+    bert: Path, tmp_path: Path, code: int, every: bool
+) -> None:
+    plan = support_plan(bert, rounds=1, holdout=0)
+    simulate(plan, out=tmp_path / "whole")
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "out"), every=every), nodes=4)
+    play, greeted = grid.play, list[int]()
+
+    def playing(message: Message, place: int) -> Message:
+        if message.metadata.message_type != Kind.QUERY:
+            return play(message, place)
+        greeted.append(place)
+        lost = place == 2 and greeted.count(2) < 3
+        return Message(Error(code, "gone"), reply_to=message) if lost else play(message, place)
+
+    grid.play = playing  # type: ignore[method-assign]
+    serve(grid)
+    assert_same(tmp_path / "whole", tmp_path / "out")
+    assert sorted(greeted) == [0, 1, 2, 2, 2, 3]
+
+
+def test_an_app_that_always_crashes_at_the_greeting_ends_it(bert: Path, tmp_path: Path) -> None:
+    plan = support_plan(bert, rounds=1, holdout=0)
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=4)
+    play, greeted = grid.play, list[int]()
+
+    def playing(message: Message, place: int) -> Message:
+        greeted.append(place)
+        return Message(Error(8, "gone"), reply_to=message) if place == 1 else play(message, place)
+
+    grid.play = playing  # type: ignore[method-assign]
+    with pytest.raises(RunError, match=r"client-001.*gone \(code 8\)"):
+        serve(grid)
+    assert greeted.count(1) == flower_errands.TRIES

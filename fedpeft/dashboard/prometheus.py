@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from fedpeft.admission import printable
 from fedpeft.dashboard.runs import Followed
-from fedpeft.errors import RunError
+from fedpeft.errors import RunError, printable
 
 if TYPE_CHECKING:
     from prometheus_client.core import GaugeMetricFamily

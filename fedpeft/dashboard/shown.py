@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedpeft.admission import printable
 from fedpeft.dashboard.ledger import RECENT, Ledger, Standing
 from fedpeft.dashboard.runs import Followed
+from fedpeft.errors import printable
 
 MOST_CLIENTS = 200
 _PERCENT = ("accuracy", "f1")

@@ -28,7 +28,7 @@ from typing import Any
 from fedpeft.deployment.children import Child
 from fedpeft.deployment.files import read
 from fedpeft.deployment.keeper import Keeper
-from fedpeft.deployment.roster import enrol, read_keys, write_roster
+from fedpeft.deployment.roster import enrol, read_keys, read_roster, write_roster
 from fedpeft.deployment.server_file import ServerFile
 from fedpeft.deployment.server_processes import (
     TOKEN,
@@ -41,7 +41,7 @@ from fedpeft.deployment.server_processes import (
 )
 from fedpeft.deployment.status import site_rows
 from fedpeft.durable import acquire, create_file, make_folder, make_private_folder
-from fedpeft.errors import SiteError
+from fedpeft.errors import FedPeftError, SiteError
 from fedpeft.flower_control import Control, Site
 
 _TICK, _LOOK = 0.5, 2.0
@@ -140,7 +140,7 @@ class Server:
             if now - self._kept > _LOOK:
                 self._keeper.look(now)
                 self._kept = now
-        except SiteError as error:
+        except FedPeftError as error:
             self._tell(f"warning: {error}")
             self._ready = False
 
@@ -160,18 +160,22 @@ class Server:
         return True
 
     def _enrol(self) -> None:
-        self._enrolled = True  # a mistake in a file is told once, not for ever
-        if not self._file.keys:
-            return
+        place = self._file.home / "roster.json"
         try:
-            keys = read_keys(self._file.keys / "sites")
+            keys = read_keys(self._file.keys / "sites") if self._file.keys else {}
+            if self._file.keys and not keys and place.exists() and read_roster(place):
+                raise SiteError(f"{self._file.keys / 'sites'}: holds no site's key any more")
         except SiteError as error:
+            self._enrolled = True  # a mistake in a file is told once, not for ever
             self._tell(f"warning: {error}; the sites stay as they are")
             return
-        roster, told = enrol(self._control, keys)
-        write_roster(self._file.home / "roster.json", roster)
-        for line in [*told, f"{len(roster)} sites: {', '.join(sorted(roster.values())) or 'none'}"]:
-            self._tell(line)
+        if self._file.keys:
+            roster, told = enrol(self._control, keys)
+            write_roster(place, roster)
+            sites = f"{len(roster)} sites: {', '.join(sorted(roster.values())) or 'none'}"
+            for line in [*told, sites]:
+                self._tell(line)
+        self._enrolled = True
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedpeft.deployment.files import read
 from fedpeft.deployment.names import check_owner
 from fedpeft.durable import create_file, make_private_folder
-from fedpeft.errors import SiteError
+from fedpeft.errors import SiteError, printable
 from fedpeft.types import Scalar
 
 OWN = ("signature", "signer")
@@ -91,7 +91,9 @@ def verify(config: Mapping[str, Scalar], app_hash: str | None, owners: Sequence[
             "submit it with --key"
         )
     if signer not in known:
-        raise SiteError(f"the run is signed by {signer[:60]}, none of this site's owners ({names})")
+        raise SiteError(
+            f"the run is signed by {printable(signer[:60])}, none of this site's owners ({names})"
+        )
     key, name = known[signer]
     signed, made = _parts(signature)
     if app_hash is not None and app_hash != signed:

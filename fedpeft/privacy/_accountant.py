@@ -46,6 +46,8 @@ def accountant(sampling: Sampling) -> str:
 
 def relation(sampling: Sampling) -> str:
     """Return what neighbours are."""
+    if sampling.kind == "turns":  # who is not there lets somebody else in earlier
+        return "one client's updates, or zeros at the same times"
     return "replace one client" if sampling.kind == "fixed" else "add or remove one client"
 
 
