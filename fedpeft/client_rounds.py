@@ -98,8 +98,9 @@ def receive(plan: Plan, site: Client, asked: Asked, *, training: bool) -> Receiv
         round, acknowledged = int(told["round"]), int(told["ack"])
     except (KeyError, ValueError):
         raise WireError("message is no broadcast: its header lacks round and ack") from None
-    if not 0 <= round < plan.rounds + 1:
-        raise WireError(f"message is of round {round}, the plan has {plan.rounds}")
+    # what is used last is of the round after the last
+    if not 0 <= round < plan.rounds + (not training):
+        raise WireError(f"message is of round {round}, and the plan has {plan.rounds} rounds")
     tables = site.tables.of(client, round if training else None)
     keep = bool(told.get("keep"))
     kept = memory.at(acknowledged, client) if keep or site.tables.remembers else {}

@@ -30,6 +30,7 @@ KINDS = (
     "reply",
     "roster",
     "submission",
+    "asked",
 )
 """What is written: see ``run_folder.py`` for the files of a run, ``node.py`` for a node's."""
 MOMENTS = ("begun", "half", "written", "synced", "renamed", "settled")

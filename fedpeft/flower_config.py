@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from fedpeft.types import Scalar
 
 LINES = (*(field.name for field in fields(Plan)), "preset")
 """Every key of the run-config that belongs to the plan."""
+_RUN = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +35,9 @@ class Settings:
     default ``$FEDPEFT_HOME/runs/<run id>``, which ``resume`` takes up again. ``wait`` is how many
     seconds the server waits for the plan's clients, ``deadline`` how many a client has for a round;
     0 waits as long as Flower keeps the message. ``every`` waits for those whose nodes are gone and
-    asks them again, so that a run ends alike whoever was killed on the way. ``signer`` and
-    ``signature`` say which owner submits the run (``deployment/signing.py``), for sites that ask.
+    asks them again, so that a run ends alike whoever was killed on the way. ``run`` is the run's
+    own name, kept through every start: nodes take messages of no other. ``signer`` and
+    ``signature`` say which owner submits it (``deployment/signing.py``), for sites that ask.
     """
 
     threads: int = 1
@@ -44,6 +47,7 @@ class Settings:
     wait: float = 120.0
     deadline: float = 0.0
     every: bool = False
+    run: str = ""
     signer: str = ""
     signature: str = ""
 
@@ -56,8 +60,15 @@ class Settings:
                 problems.append(f"{field.name}: {value!r} must be a {kind.__name__}")
             elif kind in (int, float) and value < (kind is int):
                 problems.append(f"{field.name}: {value} must be at least {int(kind is int)}")
+        if isinstance(self.run, str) and self.run and not is_run(self.run):
+            problems.append(f"run: {self.run[:80]!r} must be at most 64 letters, digits and -")
         if problems:
             raise PlanError(*problems)
+
+
+def is_run(name: str) -> bool:
+    """Tell whether a run can have this name, which becomes that of folders at nodes."""
+    return _RUN.fullmatch(name) is not None
 
 
 def read_config(config: Mapping[str, Scalar]) -> tuple[Plan, Settings]:

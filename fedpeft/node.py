@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,11 +24,12 @@ from fedpeft.client_rounds import Asked, client_round
 from fedpeft.deployment.client_file import ClientFile, Limits
 from fedpeft.deployment.here import check_signed, this_site
 from fedpeft.deployment.limits import Stopwatch, refusals
+from fedpeft.deployment.quota import Quota, most_of
 from fedpeft.errors import DataError, RunError, WireError
 from fedpeft.evaluation import group_evaluation
 from fedpeft.federation import Federation, deal
 from fedpeft.flower import Hello, log
-from fedpeft.flower_config import Settings, home, read_config
+from fedpeft.flower_config import Settings, home, is_run, read_config
 from fedpeft.ledger import OnDiskLedgers
 from fedpeft.memory import Memory, OnDisk
 from fedpeft.models import _base
@@ -43,9 +43,6 @@ from fedpeft.tables import Tables
 from fedpeft.types import Metrics, Scalar, Scattered
 from fedpeft.warm.channel import Place
 from fedpeft.wire import peek
-
-_RUN_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
-
 
 _Key: TypeAlias = "tuple[tuple[tuple[str, Scalar], ...], ClientFile | None]"
 
@@ -77,7 +74,7 @@ class Node:
         """Play a round of a client and return its reply; to the same message again, the same."""
         dealt = self._prepared(place)
         dealt.check_plays(place, client)
-        run = _run(packet)
+        run = dealt.run_of(packet)
         replies = Replies(dealt.home / "replies" / run, log.warning)
         with _alone(dealt.home / "clients" / run, client):
             memory, holds = dealt.remembered(run, client, packet)
@@ -95,13 +92,18 @@ class Node:
         dealt = self._prepared(place)
         dealt.check_plays(place, client)
         check_evaluation(dealt.plan, _purse(place, dealt))
+        if "clients" not in dealt.plan.evaluations:
+            raise RunError("the plan evaluates on no client's records (evaluate), so none are told")
+        run = dealt.run_of(packet)
         if not dealt.limits.metrics:
             return {}
+        with _alone(dealt.home / "clients" / run, client):
+            dealt.count(run, client, "evaluate", packet)
         with self._timed(dealt) as site:
             if not (held := site.held(client)):
                 return {}
             keeps = dealt.tables.remembers or dealt.tables.keeps
-            memory = dealt.memories(_run(packet)).load(client) if keeps else Memory()
+            memory = dealt.memories(run).load(client) if keeps else Memory()
             asked = [Asked(client, packet, memory)]
             (metrics,) = group_evaluation(dealt.plan, site, asked, [held])
         return metrics
@@ -116,12 +118,13 @@ class Node:
         self, dealt: _Dealt, place: Place, client: str, packet: bytes, memory: Memory
     ) -> bytes:
         _check_newest(client, packet, memory)
-        purse, measures = _purse(place, dealt), dealt.limits.metrics
+        purse, measures, run = _purse(place, dealt), dealt.limits.metrics, dealt.run_of(packet)
+        dealt.count(run, client, "train", packet)
         with self._timed(dealt) as site:
             told = client, packet, memory, purse
             reply, after = client_round(dealt.plan, site, *told, measures=measures)
         if after is not memory:
-            dealt.memories(_run(packet)).save(client, after)
+            dealt.memories(run).save(client, after)
         return bytes(reply)
 
     @contextlib.contextmanager
@@ -193,6 +196,11 @@ class _Dealt:
         settings = replace(settings, device=client.device, threads=client.threads)
         if isinstance(plan.data, Scattered) and client.site not in plan.data.clients():
             return cls(plan, settings, nobody(), client, own)
+        if client.owners is not None and not settings.run:
+            raise RunError(
+                f"{client.site} takes signed runs alone, and this one has no name that was signed "
+                "(run), by which it could be told from others; use fedpeft submit"
+            )
         if reasons := refusals(client.limits, plan):
             raise RunError(f"{client.site} refuses this plan: {'; '.join(reasons)}")
         with _unquoted(client):
@@ -208,6 +216,25 @@ class _Dealt:
     def home(self) -> Path:
         """Where the site keeps what must last."""
         return self.client.home if self.client else home()
+
+    def run_of(self, packet: bytes) -> str:
+        """Return the run that a message is of.
+
+        Raises ``RunError`` where it is not the one that was submitted: under other names a server
+        could have a plan played again and again. ``WireError`` where it names none.
+        """
+        said, named = str(peek(packet).get("run", "")), self.settings.run
+        if not is_run(said):  # it becomes the name of a folder
+            raise WireError("message names no run")
+        if named and said != named:
+            raise RunError(f"message is of run {said}, and the one that was submitted is {named}")
+        return said
+
+    def count(self, run: str, client: str, kind: str, packet: bytes) -> None:
+        """Note a message that a site is about to work on. Raises ``RunError`` beyond its share."""
+        if self.client:
+            most = most_of(self.plan, len(self.tables.phases))
+            Quota(self.home / "clients" / run, client, kind, most).take(packet)
 
     def memories(self, run: str) -> OnDisk:
         """Return where the clients of a run keep their memory."""
@@ -291,13 +318,6 @@ def _limit(place: Place, name: str) -> tuple[float, float] | None:
     if not isinstance(delta, float) or not 0 < delta < 1:
         raise RunError(f"this node's max-delta={delta!r} is no number between 0 and 1")
     return float(most), delta
-
-
-def _run(packet: bytes) -> str:
-    run = str(peek(packet).get("run", ""))
-    if not _RUN_NAME.fullmatch(run):  # it becomes the name of a folder
-        raise WireError("message names no run")
-    return run
 
 
 @contextlib.contextmanager

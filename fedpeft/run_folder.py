@@ -47,7 +47,10 @@ _STARTING = {".lock", *_BEGUN, *(f".{name}.new" for name in _BEGUN)}
 
 
 class RunFolder:
-    """One run's folder, locked while open. Use it as a context manager."""
+    """One run's folder, locked while open. Use it as a context manager.
+
+    ``run`` is the name that the run was given; without, one is made up when it begins.
+    """
 
     def __init__(
         self,
@@ -56,9 +59,10 @@ class RunFolder:
         inputs: tuple[str, ...],
         *,
         resume: bool,
+        run: str = "",
         made_with: Mapping[str, int | str] | None = None,
     ) -> None:
-        self.path, self.plan = path, plan
+        self.path, self.plan, self._named = path, plan, run
         self._made_with = {**versions(), **(made_with or {})}
         self.digest = plan.digest(*inputs)
         if self._foreign():
@@ -187,7 +191,7 @@ class RunFolder:
                 "fedpeft; choose another --out"
             )
         if not self._recorded():  # nothing would be lost
-            same = known["digest"] == self.digest
+            same = known["digest"] == self.digest and self._named in ("", known["run"])
             return str(known["run"]) if same else self._begin(inputs)
         if not resume:
             state = "finished" if self.finished else "begun"
@@ -196,6 +200,11 @@ class RunFolder:
             )
         if known["digest"] != self.digest:
             raise RunError(f"{self.path}: {_difference(known, self.plan, inputs)}")
+        if self._named not in ("", known["run"]):
+            raise RunError(
+                f"{self.path}: holds the run {known['run']}, and this one is {self._named}: sites "
+                "would take it for another; choose another folder"
+            )
         return str(known["run"])
 
     def _other_versions(self) -> list[str]:
@@ -213,7 +222,7 @@ class RunFolder:
         return any((self.path / "checkpoints").glob("state-*.safetensors")) or bool(self.history())
 
     def _begin(self, inputs: tuple[str, ...]) -> str:
-        lines, run = self.plan.lines(), uuid.uuid4().hex
+        lines, run = self.plan.lines(), self._named or uuid.uuid4().hex
         (self.path / "grouping.json").unlink(missing_ok=True)  # of another plan
         text = yaml.safe_dump(lines, sort_keys=False, allow_unicode=True, width=1000)
         replace_file(self.path / "plan.yaml", [text.encode()], "plan")

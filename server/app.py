@@ -68,7 +68,7 @@ def _run(grid: Grid, context: Context) -> None:
         _warn([text for text in checked.warnings if text not in warned])
     inputs = input_digests(plan, federation)
     with (
-        RunFolder(out.absolute(), plan, inputs, resume=settings.resume) as folder,
+        RunFolder(out.absolute(), plan, inputs, resume=settings.resume, run=settings.run) as folder,
         _screen(folder.path) as screen,
         contextlib.closing(Site(plan, federation, settings.device, warn=screen.warn)) as site,
     ):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -108,7 +109,7 @@ class Federation:
             warnings.simplefilter("ignore", DeprecationWarning)  # what Flower takes of pathspec
             app = build_fab_from_disk(ROOT)
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-        given = {**run_config(plan), **settings}
+        given = {**run_config(plan), "run": uuid.uuid4().hex, **settings}
         signer, signature = sign(
             self.owner / "owner.key", {**project["config"], **given}, hash_of(app)
         )

@@ -281,7 +281,8 @@ def test_a_node_that_hides_records_says_no_metrics_of_them(
     bert: Path, tmp_path: Path, privacy: str, allowed: dict[str, float | str]
 ) -> None:
     """A server may ask for them under a plan that does not; there is no noise on them."""
-    plan = support_plan(bert, privacy=privacy, weighting="uniform", evaluate="test", rounds=1)
+    own = "clients" if privacy == "none" else "test"
+    plan = support_plan(bert, privacy=privacy, weighting="uniform", evaluate=own, rounds=1)
     grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=plan.clients or 0)
     serve(grid)
     asked = next(m for m in grid.sent if m.metadata.message_type == "train")
@@ -292,6 +293,16 @@ def test_a_node_that_hides_records_says_no_metrics_of_them(
     if privacy == "none":  # without a limit it does as ever
         grid.allowed = {}
         assert read_metrics(grid.play(message, place).content)
+
+
+def test_a_node_evaluates_under_a_plan_that_says_so_alone(bert: Path, tmp_path: Path) -> None:
+    plan = support_plan(bert, evaluate="test", rounds=1)
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=plan.clients or 0)
+    serve(grid)
+    asked = next(m for m in grid.sent if m.metadata.message_type == "train")
+    message = Message(asked.content, asked.metadata.dst_node_id, "evaluate")
+    reply = grid.play(message, grid.nodes[asked.metadata.dst_node_id])
+    assert "the plan evaluates on no client's records (evaluate)" in str(reply.error.reason)
 
 
 def test_a_promise_holds_where_every_client_fails(bert: Path, tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ def opened(path: Path, resume: bool = False, inputs: Any = INPUTS, **lines: Any)
     return RunFolder(path, Plan.from_lines({**LINES, **lines}), inputs, resume=resume)
 
 
+def named(path: Path, run: str, *, resume: bool = False) -> RunFolder:
+    return RunFolder(path, Plan.from_lines(LINES), INPUTS, resume=resume, run=run)
+
+
 def after(round: int) -> Checkpoint:
     params = {"w": np.full(2, round, "f4")}
     return Checkpoint(ServerState(params, {}, {}, {}, round), line=line(round - 1))
@@ -49,6 +53,22 @@ def begun(path: Path, rounds: int = 0) -> Path:
 def content(path: Path) -> dict[str, bytes]:
     files = [p for p in path.rglob("*") if p.is_file()]
     return {p.relative_to(path).as_posix(): p.read_bytes() for p in files}
+
+
+def test_a_run_keeps_the_name_that_it_was_given(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with named(path, "one") as folder:
+        assert folder.run == "one"
+    with named(path, "two") as folder:  # nothing was recorded under the first
+        assert folder.run == "two"
+        folder.save(after(1))
+    before = content(path)
+    with pytest.raises(RunError, match="holds the run two, and this one is one"):
+        named(path, "one", resume=True)
+    assert content(path) == before
+    for again in ("two", ""):
+        with named(path, again, resume=True) as folder:
+            assert folder.run == "two"
 
 
 # --- a run begins --------------------------------------------------------------------------------

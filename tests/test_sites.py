@@ -12,9 +12,10 @@ import pytest
 import yaml
 from flwr.app import Message
 
+from fedpeft import wire
 from fedpeft.driver import simulate
 from fedpeft.errors import DataError, FedPeftError, PlanError, RunError
-from fedpeft.flower import read_hello
+from fedpeft.flower import addressee, packet_record, read_hello, read_metrics, read_packet
 from fedpeft.ledger import CLIENT, OnDiskLedgers, spent
 from fedpeft.plan import Plan
 from fedpeft.releases import mechanism_of
@@ -305,6 +306,78 @@ def test_an_evaluation_that_takes_too_long_is_given_up_and_the_run_goes_on(
     assert line["replied"] == [*SITES]
     assert sorted(line["per_client"]) == ["alpha", "gamma"]
     assert "gave up after 1 seconds" in line["not_evaluated"]["beta"]
+
+
+def retold(asked: Message, kind: str, **header: Any) -> Message:
+    """Return another message of the same adapter, as a server makes one that has a plan's lines."""
+    packet = bytes(read_packet(asked.content))
+    head, _, checksum, rest = wire._cut(packet)
+    told = json.loads(head)
+    told["h"] |= header
+    head = wire._dump(told)
+    sums = wire._checksum([head]), checksum
+    packet = wire._PREAMBLE.pack(wire._MAGIC, len(head), rest.nbytes, *sums) + head + bytes(rest)
+    client = addressee(asked.content)
+    return Message(packet_record(packet, client), asked.metadata.dst_node_id, kind)
+
+
+def test_a_signed_run_needs_a_name_of_its_own(camp: Camp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one a server could have the same signed plan played again and again."""
+    monkeypatch.setattr("fedpeft.node.check_signed", lambda config: None)
+    camp.settle(owners=["alice.pub"])
+    assert "this one has no name that was signed (run)" in refusal(camp, camp.plan())
+    serve(camp.grid(camp.plan(rounds=1), run="one"))
+
+
+def one_of(grid: FakeGrid, kind: str) -> Message:
+    return next(m for m in grid.sent if m.metadata.message_type == kind)
+
+
+def test_a_server_cannot_have_a_run_played_under_other_names(camp: Camp) -> None:
+    """Nor does one that tries leave folders at the site."""
+    camp.settle()
+    grid = camp.grid(camp.plan(rounds=2), run="a-signed-name")
+    serve(grid)
+    for kind in ("train", "evaluate"):
+        asked = one_of(grid, kind)
+        place = grid.nodes[asked.metadata.dst_node_id]
+        kept = sorted((camp.folder / SITES[place] / "state/clients").iterdir())
+        assert [path.name for path in kept] == ["a-signed-name"]
+        for name in ("another", "a-signed-name-2", "../up", ""):
+            reply = grid.play(retold(asked, kind, run=name), place)
+            assert reply.has_error(), (kind, name)
+            assert "run" in str(reply.error.reason)
+        assert sorted((camp.folder / SITES[place] / "state/clients").iterdir()) == kept
+
+
+def test_no_round_is_trained_beyond_the_plan_s(camp: Camp) -> None:
+    camp.settle()
+    grid = camp.grid(camp.plan(rounds=2, evaluate="test"), run="r")
+    serve(grid)
+    asked = one_of(grid, "train")
+    for round in (2, 3, -1):
+        reply = grid.play(
+            retold(asked, "train", round=round), grid.nodes[asked.metadata.dst_node_id]
+        )
+        assert f"message is of round {round}, and the plan has 2 rounds" in str(reply.error.reason)
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_server_that_asks_on_and_on_is_answered_as_often_as_the_plan_needs(
+    camp: Camp, kind: str
+) -> None:
+    """Each message differs, as adapters that look for a record would; that again costs nothing."""
+    camp.settle()
+    grid = camp.grid(camp.plan(rounds=1), run="r")
+    serve(grid)
+    asked = one_of(grid, kind)
+    place = grid.nodes[asked.metadata.dst_node_id]
+    replies = [grid.play(retold(asked, kind, probe=i), place) for i in range(8)]
+    assert [reply.has_error() for reply in replies] == [False] * 3 + [True] * 5
+    assert f"4 different messages of this run to {kind} on" in str(replies[3].error.reason)
+    for _ in range(9):
+        again = grid.play(retold(asked, kind), place)
+        assert read_metrics(again.content) if kind == "evaluate" else read_packet(again.content)
 
 
 def test_measures_stay_where_the_site_says_so(camp: Camp) -> None:

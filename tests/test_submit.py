@@ -51,9 +51,11 @@ def test_the_whole_plan_and_how_it_is_run(file: ServerFile, plan: Path) -> None:
     assert (run.name, found.rounds, told) == ("my-plan", 7, [])
     assert (settings.wait, settings.every, settings.threads) == (60.0, True, 3)
     assert (settings.out, settings.resume) == (str(file.runs / "my-plan"), True)
+    other, _ = sent(file, plan, lines={"rounds": "7"})
+    assert 16 <= len(str(run.config["run"])) != run.config["run"] != other.config["run"]
     assert type(run.config["wait"]) is float, "what is signed keeps its kind"
     assert read_config(sent(file, plan)[0].config)[1].wait == 3600.0
-    assert [each.name for each in submitted(file.home)] == ["my-plan", "my-plan-2"]
+    assert [each.name for each in submitted(file.home)] == ["my-plan", "my-plan-2", "my-plan-3"]
 
 
 def test_a_signature_that_sites_accept(file: ServerFile, plan: Path, tmp_path: Path) -> None:
@@ -77,6 +79,7 @@ def test_a_signature_that_sites_accept(file: ServerFile, plan: Path, tmp_path: P
         ({"availability": "bernoulli(mean=0.5)"}, "is for simulations"),
         ({"out": "/elsewhere"}, "out"),
         ({"signer": "me"}, "signer"),
+        ({"run": "me"}, "run"),
     ],
 )
 def test_what_does_not_fit_is_not_asked_for(
@@ -110,10 +113,12 @@ def test_taking_up_what_has_failed(file: ServerFile, plan: Path) -> None:
     with pytest.raises(SiteError, match="no run of this name was submitted; there is r"):
         sent(file, plan, name="x", resume=True)
     run.state = State("failed", run=4, starts=3, tries=3, reason="full disk")
+    before = run.config["run"]
     with pytest.raises(RunError, match="rounds was 2, is 3; choose another --name"):
         sent(file, plan, name="r", resume=True, lines={"rounds": "3"})
     again, _ = sent(file, plan, name="r", resume=True, lines={"deadline": "9"})
     assert (again.state.state, again.config["deadline"]) == ("waiting", 9.0)
+    assert again.config["run"] == before, "its sites take it for the same run"
     with pytest.raises(RunError, match="there is a run of this name"):
         sent(file, plan, name="r")
 

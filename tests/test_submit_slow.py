@@ -112,6 +112,8 @@ def test_a_run_outlives_every_process_of_the_server(made: Deployment) -> None:
     assert adapter(run) == simulated(made).read_bytes()
     lines = (run.out / "rounds.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [0, 1, 2, 3]
+    known = [path.name for path in (made.folder / "site-a" / "replies").iterdir()]
+    assert known == [run.config["run"]], "to its site it was one run all the time"
 
 
 def test_ctrl_c_stops_following_and_stop_ends_the_run(made: Deployment) -> None:

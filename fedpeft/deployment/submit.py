@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -21,7 +22,7 @@ from fedpeft.types import Scalar
 
 WAIT = 3600.0
 """Seconds for which a submitted run waits for its clients: sites may be started after it."""
-_OURS = ("out", "resume", "signer", "signature")
+_OURS = ("out", "resume", "run", "signer", "signature")
 _LOOK = 1.0
 
 Tell = Callable[[str], None]
@@ -54,7 +55,8 @@ def send(
         raise PlanError("--resume: say with --name which run is meant")
     name = name or free_name(file.home, plan.stem)
     check_name(name)
-    settings = replace(settings, out=str(file.runs / name), resume=True)
+    run = str(find(file.home, name).config.get("run", "")) if resume else secrets.token_hex(16)
+    settings = replace(settings, out=str(file.runs / name), resume=True, run=run)
     config |= {f.name: getattr(settings, f.name) for f in fields(settings)}
     app = bundle()
     if key:
