@@ -20,7 +20,7 @@ from fedpeft.errors import FedPeftError, ModelError, PlanError, SpecError
 from fedpeft.models._locate import locate
 from fedpeft.plan import PARTS, Plan, check_real
 from fedpeft.spec import describe
-from fedpeft.types import Scalar
+from fedpeft.types import Carrying, Scalar
 
 LINES = (*(field.name for field in fields(Plan)), "preset")
 """Every key of the run-config that belongs to the plan."""
@@ -125,7 +125,12 @@ def _model(model: str) -> str:
 
 
 def _rooted(part: Any) -> Any:
-    """Return ``part`` with absolute paths; what only looks like a path is left as it is."""
+    """Return ``part`` with absolute paths, or with what they hold where it can carry that.
+
+    What only looks like a path is left as it is.
+    """
+    if isinstance(part, Carrying):
+        part = part.carried()
     if hasattr(part, "stages"):
         return part
     texts = {f.name: v for f in fields(part) if isinstance(v := getattr(part, f.name), str)}

@@ -24,6 +24,7 @@ from fedpeft.client_rounds import Asked, client_round
 from fedpeft.deployment.client_file import ClientFile, Limits
 from fedpeft.deployment.here import check_signed, this_site
 from fedpeft.deployment.limits import Stopwatch, refusals
+from fedpeft.deployment.plan_text import unread_refusals
 from fedpeft.deployment.quota import Quota, most_of
 from fedpeft.errors import DataError, RunError, WireError
 from fedpeft.evaluation import group_evaluation
@@ -178,6 +179,8 @@ class _Dealt:
     @classmethod
     def of(cls, config: Mapping[str, Scalar], client: ClientFile | None) -> _Dealt:
         """Read a run's plan and its data here. Raises ``FedPeftError`` where the site refuses."""
+        if client and (reasons := unread_refusals(client, config)):
+            raise RunError(f"{client.site} refuses this plan: {'; '.join(reasons)}")
         plan, settings = read_config(dict(config))
         own = is_scattered(plan)
         if client is None or client.data is None:

@@ -128,7 +128,7 @@ class Plan:
     @classmethod
     def from_lines(cls, lines: Mapping[str, Any]) -> Plan:
         """Build a plan from its lines. Raises ``PlanError`` that lists every problem found."""
-        lines = _with_preset(lines)
+        lines = expanded(lines)
         known = [*PARTS, *_SCALARS, "preset"]
         problems = [f"unknown line {k!r}{nearest(k, known)}" for k in lines if k not in known]
         chosen: dict[str, Any] = {}
@@ -169,7 +169,7 @@ class Plan:
         Raises ``PlanError`` that lists every problem found.
         """
         given = dict(overrides or {})
-        return cls.from_lines({**read_lines(path), **_with_preset(given)})
+        return cls.from_lines({**read_lines(path), **expanded(given)})
 
     def parts(self) -> Iterator[tuple[str, Any]]:
         """Yield (line, part)."""
@@ -272,7 +272,8 @@ def _words(text: str | None) -> tuple[str, ...]:
     return tuple(w.strip() for w in (text or "").split(",") if w.strip() not in ("", "none"))
 
 
-def _with_preset(lines: Mapping[str, Any]) -> dict[str, Any]:
+def expanded(lines: Mapping[str, Any]) -> dict[str, Any]:
+    """Return lines with those of their preset, if they name one. Raises ``PlanError``."""
     if "preset" not in lines:
         return dict(lines)
     try:

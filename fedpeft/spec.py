@@ -15,7 +15,7 @@ import importlib.util
 import pkgutil
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -150,6 +150,36 @@ def describe(part: Any, *, full: bool = False) -> str:
     own = parts[0] == "fedpeft" and len(parts) == 3
     name = parts[-1] if own else f"{module}:{type(part).__name__}"
     return f"{name}({inner})" if inner else name
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """A method as a spec names it: the module of one from ``outside``, and its literal fields."""
+
+    outside: str
+    name: str
+    given: Mapping[str, Any]
+
+
+def mentions(spec: str) -> Iterator[Mention]:
+    """Yield every method that a spec names, those that others wrap included; imports nothing.
+
+    Raises ``SpecError`` for what it cannot read for certain, be it that :func:`build` could.
+    """
+    for stage in _cut(spec, "|"):
+        outside, call = _split_module(stage)
+        found = _CALL.fullmatch(call)
+        name, given = (found[1] if found else call.strip()), dict[str, Any]()
+        if not name.isidentifier():
+            raise SpecError(f"cannot read {spec[:200]!r}: write name, or name(field=value, ...)")
+        inner = [piece for piece in _cut(found[2], ",") if piece.strip()] if found else []
+        for piece in inner:
+            try:
+                (keyword,) = ast.parse(f"f({piece})", mode="eval").body.keywords  # type: ignore[attr-defined]
+                given[str(keyword.arg)] = _literal(name, keyword)
+            except (SpecError, SyntaxError, ValueError, RecursionError, MemoryError):
+                yield from mentions(re.sub(r"^\s*\w+\s*=(?!=)", "", piece))
+        yield Mention(outside, "none" if name == "None" else name, given)
 
 
 def digest_of(part: Any) -> str:

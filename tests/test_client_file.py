@@ -54,6 +54,7 @@ def test_the_least_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_all_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     limits = {
+        "modules": ["mine.methods"], "files": ["templates", "/srv"],
         "models": ["minilm", "/models/llama"], "tasks": ["classify"], "rank": 32, "rounds": 200,
         "seconds": 900, "epsilon": 8, "delta": 1e-5, "metrics": False, "gain": True,
     }  # fmt: skip
@@ -66,6 +67,8 @@ def test_all_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.home, found.owners) == (tmp_path / "state", (tmp_path / "owner.pub",))
     assert (found.device, found.threads, found.idle) == ("cuda:1", 2, 60.0)
     assert found.limits == Limits(
+        modules=("mine.methods",),
+        files=(tmp_path / "templates", Path("/srv")),
         models=("minilm", "/models/llama"), tasks=("classify",), rank=32, rounds=200,
         seconds=900.0, epsilon=8.0, delta=1e-5, metrics=False, gain=True,
     )  # fmt: skip
@@ -88,7 +91,14 @@ def test_the_file_in_the_contract_is_read(tmp_path: Path) -> None:
 
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
-    limits = {"rank": 0, "epsilon": -1, "model": ["minilm"], "tasks": ["clasify"], "metrics": 1}
+    limits = {
+        "modules": ["a b"],
+        "rank": 0,
+        "epsilon": -1,
+        "model": ["minilm"],
+        "tasks": ["clasify"],
+        "metrics": 1,
+    }
     found = problems(
         tmp_path, site="Hospital A", server="fl.example.org", threads=1.5, device="gpu",
         ownrs=["a"], insecure="yes", data="jsonl(trian='a')", idle=True, limits=limits,
@@ -106,6 +116,7 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
         "limits.tasks: there is no task 'clasify'",
         "did you mean 'classify'?",
         "limits.rank: 0 must be a whole number",
+        "limits.modules: 'a b' is no module",
         "limits.epsilon: -1 must be a number above 0",
         "limits.metrics: 1 must be true or false",
         "unknown line 'limits.model'",

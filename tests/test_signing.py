@@ -238,7 +238,7 @@ def test_every_setting_but_where_the_server_keeps_a_run_is_signed(certs: Path) -
     whole = signed(certs, CONFIG)
     verify({**whole, "resume": True, "out": "/srv/run"}, APP, [pub(certs)])
     others: dict[str, Any] = {"threads": 2, "device": "cuda", "wait": 1.0, "deadline": 5.0}
-    others["every"] = True
+    others |= {"every": True, "run": "another"}
     assert {*others, *FREE, *OWN} == set(Settings.__dataclass_fields__)
     for name, value in others.items():
         with pytest.raises(SiteError, match="a line was changed"):
@@ -339,7 +339,10 @@ def test_a_node_reads_nothing_of_a_plan_that_no_owner_signed(
             ask()
     with pytest.raises(SiteError, match="a line was changed"):
         Node().hello(Place({**signed(certs, config), "rounds": 2}, {}))
-    with pytest.raises(SystemExit, match="a stranger is in"):  # signed, it is read
+    with pytest.raises(RunError, match="booby is none of the modules from which plans may take"):
+        Node().hello(Place(signed(certs, config), {}))
+    file.write_text(f"{base}, owners: [{pub(certs)}], limits: {{modules: [booby]}}}}")
+    with pytest.raises(SystemExit, match="a stranger is in"):  # signed and allowed, it is read
         Node().hello(Place(signed(certs, config), {}))
     file.write_text("rubbish: [")
     with pytest.raises(SiteError):

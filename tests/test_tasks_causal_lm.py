@@ -368,6 +368,28 @@ def test_turns_that_transformers_would_drop_without_a_word_are_refused() -> None
 def test_wrong_settings_are_refused_at_construction() -> None:
     with pytest.raises(SpecError, match=r"chat_template='chatm' is no file.*mean 'chatml'\?"):
         CausalLm(chat_template="chatm")
+
+
+@pytest.mark.parametrize("kind", ["long", "bytes"])
+def test_a_chat_template_that_cannot_be_read_is_a_mistake_in_the_plan(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / ("x" * 300 if kind == "long" else "template.jinja")
+    if kind == "bytes":
+        path.write_bytes(b"\xff\xfe{{ messages }}")
+    with pytest.raises(SpecError, match=r"chat_template=.* cannot be read"):
+        CausalLm(chat_template=str(path))
+
+
+def test_the_text_of_a_chat_template_travels_in_place_of_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text("{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}\n")
+    there = CausalLm(chat_template=str(path), max_length=9)
+    carried = there.carried()
+    assert carried == CausalLm(chat_template=path.read_text(), max_length=9)
+    assert build("tasks", describe(carried, full=True)) == carried
+    for own in (None, "plain", "{{ messages }}"):
+        assert CausalLm(chat_template=own).carried() == CausalLm(chat_template=own)
     with pytest.raises(SpecError, match=r"max_length=1 must be at least 2"):
         CausalLm(max_length=1)
     with pytest.raises(SpecError, match=r"format='alpaca' must be one of 'auto', 'text'"):

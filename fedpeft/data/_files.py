@@ -108,6 +108,13 @@ def is_folder(name: str) -> bool:
     return any(os.path.isdir(place) for place in _places(name))
 
 
+def read_by(text: str) -> Iterator[Path]:
+    """Yield what is read where a field names ``text``: files or folders, with commas between."""
+    for name in dict.fromkeys([text] * os.path.exists(text) + _names(text)):
+        places = _places(name)
+        yield next((place for place in places if os.path.exists(place)), places[0])
+
+
 def beside(source: _Source, folder: Path) -> _Source:
     """Return ``source`` with its relative paths taken from ``folder``, there or not."""
     if not (isinstance(source, Filed) and is_dataclass(source)):

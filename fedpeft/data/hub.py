@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ class Hub:
         for field in ("name", "config", "train", "test", "revision"):
             if getattr(self, field) == "":
                 raise SpecError(f"hub: {field} must not be empty")
+
+    @classmethod
+    def paths(cls, given: Mapping[str, Any]) -> Sequence[str]:
+        """Return the name, where it is that of a folder."""
+        name = given.get("name")
+        return [name] if isinstance(name, str) and _is_folder(name) else []
 
     def load(self) -> Splits:
         """Download (or find in the cache) and read the splits.
@@ -79,6 +86,11 @@ class Hub:
             row |= {column: _named(row[column], known) for column, known in names.items()}
             row |= {column: _bytes(row[column]) for column in images}
         return list(rows)
+
+
+def _is_folder(name: str) -> bool:
+    path = os.path.expanduser(name)
+    return os.path.isabs(path) or path.startswith(".") or os.path.exists(path)
 
 
 def _named(value: int | None, names: list[str]) -> str | None:

@@ -53,6 +53,8 @@ def describe(limits: Limits) -> str:
         told.append(f"epsilon {limits.epsilon:g} at delta {limits.delta:g} over all runs")
     told += [] if limits.metrics else ["no metrics leave"]
     told += ["the gain may leave"] if limits.gain else []
+    told += [f"methods of {', '.join(limits.modules)}"] if limits.modules else []
+    told += [f"files below {', '.join(map(str, limits.files))}"] if limits.files else []
     return "; ".join(told) or "none"
 
 

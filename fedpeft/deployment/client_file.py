@@ -23,7 +23,8 @@ class Limits:
     of a low-rank adapter. ``seconds`` is the longest work on one message. ``epsilon``, at
     ``delta``, is what all runs together may spend of the site's records. ``metrics`` says whether
     anything that was measured on its records may leave, ``gain`` whether what it gained over
-    training alone may.
+    training alone may. ``modules`` are those from outside fedpeft whose methods plans may use, and
+    ``files`` the folders below which they may name files.
     """
 
     models: tuple[str, ...] | None = None
@@ -35,6 +36,8 @@ class Limits:
     delta: float = 1e-5
     metrics: bool = True
     gain: bool = False
+    modules: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +92,7 @@ def load_client(path: str | Path) -> ClientFile:
         device=_device(reader),
         threads=reader.whole("threads", 1) or 1,
         idle=reader.number("idle", 1800.0) or 1800.0,
-        limits=_limits(limits),
+        limits=_limits(limits, here),
         owners=None if owners is None else tuple(_at(here, owner) for owner in owners),
     )
     if found.limits.epsilon is not None and data is None and reader.text("data") is None:
@@ -139,8 +142,12 @@ def _device(reader: Reader) -> str:
     return device
 
 
-def _limits(reader: Reader) -> Limits:
+def _limits(reader: Reader, here: Path) -> Limits:
     tasks, known = reader.texts("tasks"), names("tasks")
+    modules = reader.texts("modules") or ()
+    for module in modules:
+        if not all(word.isidentifier() for word in module.split(".")):
+            reader.wrong("modules", f"{module!r} is no module; write package.module")
     for task in tasks or ():
         if task not in known and ":" not in task:
             reader.wrong("tasks", f"there is no task {task!r}{nearest(task, known)}")
@@ -154,6 +161,8 @@ def _limits(reader: Reader) -> Limits:
         delta=reader.number("delta", 1e-5, below=1) or 1e-5,
         metrics=reader.flag("metrics", True),
         gain=reader.flag("gain", False),
+        modules=modules,
+        files=tuple(_at(here, folder) for folder in reader.texts("files") or ()),
     )
     reader.unknown()
     return found

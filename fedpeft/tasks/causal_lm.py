@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -49,6 +50,18 @@ class CausalLm:
     def head(self) -> Literal["causal-lm"]:
         """The ``transformers`` auto class to load."""
         return "causal-lm"
+
+    @classmethod
+    def paths(cls, given: Mapping[str, Any]) -> Sequence[str]:
+        """Return the path of a chat template, where it is one."""
+        template = given.get("chat_template")
+        return [template] if isinstance(template, str) and not _is_text(template) else []
+
+    def carried(self) -> CausalLm:
+        """Return it with the text of the file of its chat template, where it has one."""
+        text = self._template()
+        is_file = self.chat_template is not None and not _is_text(self.chat_template)
+        return replace(self, chat_template=text) if is_file and _is_jinja(text or "") else self
 
     def labels(self, rows: Sequence[Row]) -> None:
         """Return ``None``: texts have no labels."""
@@ -162,12 +175,15 @@ class CausalLm:
 
     def _template(self) -> str | None:
         given = self.chat_template
-        if given is None or "{{" in given or "{%" in given:
-            return given
-        if given in TEMPLATES:
-            return TEMPLATES[given]
-        if Path(given).is_file():
-            return Path(given).read_text(encoding="utf-8")
+        if given is None or _is_text(given):
+            return TEMPLATES.get(given or "", given)
+        try:
+            if Path(given).is_file():
+                return Path(given).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            shown = given[:200]
+            raise SpecError(f"causal_lm: chat_template={shown!r} cannot be read ({why})") from None
         raise SpecError(
             f"causal_lm: chat_template={given!r} is no file, no Jinja text and no known template"
             f"{nearest(given, list(TEMPLATES))}"
@@ -184,6 +200,15 @@ class CausalLm:
         return joined(
             [sample(row, number, kind, self.text) for number, row in enumerate(rows, 1)], tokenizer
         )
+
+
+def _is_text(template: str) -> bool:
+    """Tell whether a chat template is what it says, or known by its name; else it is a file."""
+    return template in TEMPLATES or _is_jinja(template)
+
+
+def _is_jinja(template: str) -> bool:
+    return "{{" in template or "{%" in template
 
 
 def _learned(

@@ -43,7 +43,16 @@ from fedpeft.types.basics import (
 )
 from fedpeft.types.codecs import Codec, Compensating, Differing, Packet
 from fedpeft.types.corrections import Correction, Local
-from fedpeft.types.data import Filed, Partition, Scattered, Source, Splits, Task
+from fedpeft.types.data import (
+    Carrying,
+    Filed,
+    Partition,
+    Pathed,
+    Scattered,
+    Source,
+    Splits,
+    Task,
+)
 from fedpeft.types.models import Attached, Batch, Dropout, Learner
 from fedpeft.types.presets import Preset
 from fedpeft.types.privacy import Privacy, Rationed
@@ -72,6 +81,8 @@ __all__ = [
     "Dropout",
     "Example",
     "Filed",
+    "Carrying",
+    "Pathed",
     "Fit",
     "Flight",
     "Folding",

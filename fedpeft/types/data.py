@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,25 @@ class Filed(Protocol):
     @property
     def files(self) -> Sequence[str]:
         """The names of its fields that hold paths, perhaps several with commas between them."""
+        ...
+
+
+@runtime_checkable
+class Pathed(Protocol):
+    """What a method has besides with a field that may be a path, or something else."""
+
+    @classmethod
+    def paths(cls, given: Mapping[str, Any]) -> Sequence[str]:
+        """Return those of the values ``given`` for its fields that would be read as paths."""
+        ...
+
+
+@runtime_checkable
+class Carrying(Protocol):
+    """What a method has besides that can hold the text of a file in place of its path."""
+
+    def carried(self) -> Self:
+        """Return it without the path: it means the same on a machine that has no such file."""
         ...
 
 
