@@ -254,10 +254,17 @@ def spent(
     if not 0 < delta < 1:
         raise RunError(f"--delta {delta:g} must be between 0 and 1")
     for line in ledger.spent(folder, delta, lambda text: typer.echo(f"warning: {text}", err=True)):
+        if line["unit"] == ledger.NOTHING:
+            typer.echo(
+                f"{line['client']}  epsilon unbounded: {line['runs']} runs promised nothing; "
+                f"data {line['data']}"
+            )
+            continue
+        assumed = "".join(f"; assumes that {what}" for what in line["assumes"])
         typer.echo(
             f"{line['client']}  epsilon {line['epsilon']:.3f} at delta {delta:g} in "
             f"{line['rounds']} rounds of {line['runs']} runs; hidden: {line['unit']} "
-            f"from {line['adversary']}; data {line['data']}"
+            f"from {line['adversary']}; data {line['data']}{assumed}"
         )
 
 

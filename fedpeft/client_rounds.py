@@ -31,7 +31,7 @@ from fedpeft.types import (
     Scalar,
     Tensors,
 )
-from fedpeft.wire import Message, body, peek, unpack
+from fedpeft.wire import Message, body, digest, peek, unpack
 
 WITHHELD = "withheld"
 """In a reply whose client does not say its loss, because its site lets no measures leave."""
@@ -213,8 +213,10 @@ def group_round(
 
 def _key(plan: Plan, site: Client, asked: Asked, got: Received) -> bytes:
     """Return the key of what hides the client's records; from now on its round has counted."""
-    run, depends = str(got.told.get("run", "")), (got.tensors, got.extras, got.kept)
-    return spending.key_of(plan, site, asked.client, (run, got.round), depends, asked.purse)
+    of, whole = (str(got.told.get("run", "")), got.round), list[Tensors | bytes]()
+    if plan.privacy.secret:
+        whole = [digest(asked.message), got.tensors, got.extras, got.kept]
+    return spending.key_of(plan, site, asked.client, of, whole, asked.purse)
 
 
 def _finish(plan: Plan, site: Client, asked: Asked, got: Received, own: Trained) -> Played:

@@ -49,10 +49,16 @@ class Holder(Protocol):
 
 
 def stepping_of(plan: Plan, units: int) -> Stepping | None:
-    """Return how a client of so many units hides them; ``None`` where it does not."""
+    """Return how a client of so many units hides them; ``None`` where it does not.
+
+    Raises ``PlanError`` for a promise that has no steps.
+    """
     if not plan.privacy.hides:
         return None
-    return plan.privacy.stepping(units, plan.trainer.budget(units), plan.rounds)
+    found = plan.privacy.stepping(units, plan.trainer.budget(units), plan.rounds)
+    if found is None:
+        raise PlanError("privacy: says that it hides records, and not by what steps (stepping)")
+    return found
 
 
 def units_of(plan: Plan, site: Client, client: str) -> int:

@@ -2,18 +2,20 @@
 
 A round counts before its training begins, so one that is cut short has counted. Its secret key is
 made from the ledger's own and from all that its training depends on: the same round, played again,
-is the same release and counts once; another broadcast under its number is another release.
+is the same release and counts once; another broadcast under its number is another release. One that
+was answered is never played again: asked for once more, it is another release, too.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,14 +27,19 @@ from fedpeft.rng import derived
 _KEY = 32
 CLIENT = "client"
 """The unit of what a client spends of all its records as one."""
+NOTHING = "nothing"
+"""The unit of what was released without a promise: of epsilon no number is enough."""
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
     """One round's training on a data set: of which run and broadcast, and what it takes.
 
+    ``broadcast`` is a digest of the plan, the packet and all else that its training depends on.
     ``rate``, ``noise`` and ``steps`` are those of its steps; ``unit`` says whom they hide: of its
-    records by its own noise, or the client itself (``CLIENT``) by the server's.
+    records by its own noise, the client itself (``CLIENT``) by the server's, or ``NOTHING``.
+    ``again`` counts the equal ones that were answered before, ``timed`` says that its promise
+    assumes of times and failures that they depend on nobody's records.
     """
 
     data: str
@@ -43,38 +50,58 @@ class Release:
     rate: float
     noise: float
     steps: int
+    again: int = 0
+    timed: bool = False
 
     @property
-    def of(self) -> tuple[str, str, int, str]:
+    def of(self) -> tuple[str, str, int, str, int]:
         """What was trained on, and from what: equal where several units are hidden at once."""
-        return self.data, self.run, self.round, self.broadcast
+        return self.data, self.run, self.round, self.broadcast, self.again
+
+    @property
+    def kind(self) -> str:
+        """Whose releases are counted together: ``CLIENT``, ``NOTHING``, or a client's records."""
+        return self.unit if self.unit in (CLIENT, NOTHING) else "records"
+
+
+def unpromised(data: str, run: str) -> Release:
+    """Return what a run without a promise releases of a data set, once for all its rounds."""
+    return Release(data, run, 0, "", NOTHING, 1.0, 0.0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """A release, how many of its unit there may be in its run, and a site's (epsilon, delta).
+    """A release, how many of its kind there may be in its run, and a site's (epsilon, delta).
 
     The limit is of what was spent of the same data set; with ``all_data`` of any, where records may
-    come and go and each set has some of those before.
+    come and go and each set has some of those before. With ``promised_only`` it leaves out what was
+    released without a promise.
     """
 
     release: Release
-    rounds: int
+    rounds: float
     limit: tuple[float, float] | None = None
     all_data: bool = False
+    promised_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """A client's secret and its releases, the oldest first."""
+    """A client's secret, its releases, the oldest first, and those whose reply may have left."""
 
     key: bytes = field(default_factory=partial(secrets.token_bytes, _KEY))
     releases: Sequence[Release] = ()
+    answered: frozenset[Release] = frozenset()
 
-    def rounds(self, run: str, unit: str) -> int:
-        """Return how many releases there were in a run: of its records, or as a ``CLIENT``."""
-        own = (release for release in self.releases if release.run == run)
-        return sum((release.unit == CLIENT) == (unit == CLIENT) for release in own)
+    def rounds(self, run: str, kind: str) -> int:
+        """Return how many releases of a kind there were in a run."""
+        return sum((each.run, each.kind) == (run, kind) for each in self.releases)
+
+    def unanswered(self, release: Release) -> Release:
+        """Return the release as which it is played now: one that was not answered."""
+        while release in self.answered:
+            release = replace(release, again=release.again + 1)
+        return release
 
     def others(self, data: str | None, unit: str) -> list[str]:
         """Return whom those rounds on a data set, or any, hide that do not hide this ``unit``."""
@@ -86,12 +113,15 @@ class Ledger:
         """Return what all releases of a data set, or any, have spent together at ``delta``, by PLD.
 
         Where they hide different units, only those of one ``unit`` add up: a unit of many records
-        is hidden by steps that hide single ones only at many times their epsilon.
+        is hidden by steps that hide single ones only at many times their epsilon. It is infinite
+        where any of them promised nothing.
         """
         from fedpeft.privacy._accountant import composed
 
         steps: dict[tuple[float, float], int] = {}
-        own = (r for r in self.releases if data in (None, r.data) and unit in (None, r.unit))
+        own = [r for r in self.releases if data in (None, r.data) and unit in (None, r.unit)]
+        if any(release.unit == NOTHING for release in own):
+            return math.inf
         for release in own:
             kind = release.rate, release.noise
             steps[kind] = steps.get(kind, 0) + release.steps
@@ -156,7 +186,10 @@ class OnDiskLedgers:
     def write(self, client: str, ledger: Ledger) -> None:
         """Keep it, durable at once. Raises ``RunError`` where the disk does not take it."""
         told: dict[str, Any] = {"client": client, "key": ledger.key.hex()}
-        told["releases"] = [asdict(release) for release in ledger.releases]
+        told["releases"] = [
+            {**asdict(release), "answered": release in ledger.answered}
+            for release in ledger.releases
+        ]
         text = json.dumps(told, indent=1) + "\n"
         replace_file(self._path(client), [text.encode()], "spending", private=True)
 
@@ -187,12 +220,14 @@ def _is_ledger(path: Path) -> bool:
 def _read(path: Path, client: str) -> tuple[str, Ledger]:
     try:
         told = json.loads(path.read_bytes())
+        answered = [release.pop("answered", False) for release in told["releases"]]
         releases = [Release(**release) for release in told["releases"]]
         key = bytes.fromhex(told["key"])
         if len(key) != _KEY:
             raise ValueError("a short key could be guessed, and with it all noise")
-        return str(told["client"]), Ledger(key, releases)
-    except (OSError, ValueError, KeyError, TypeError):
+        ended = frozenset(each for each, done in zip(releases, answered, strict=True) if done)
+        return str(told["client"]), Ledger(key, releases, ended)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunError(
             f"{path}: damaged; restore it: without it nobody knows what client {client} has spent "
             "of its privacy"
@@ -234,11 +269,25 @@ def _told(client: str, ledger: Ledger, data: str | None, delta: float, unit: str
         "runs": len({release.run for release in own}),
         "rounds": len(own),
         "epsilon": ledger.epsilon(data, delta, unit),
+        "assumes": list(_assumed(own)),
     }
+
+
+def _assumed(releases: Sequence[Release]) -> Iterator[str]:
+    """Yield under what conditions beyond those of each plan their epsilon holds."""
+    if any(release.timed for release in releases):
+        yield (
+            "when the client was there, and when or whether its replies and errors came, depended "
+            "on nobody's records"
+        )
+    if len({(r.rate, r.noise) for r in releases if r.rate < 1}) > 1:
+        yield "noise and batches of a run were not chosen by what earlier ones had released"
 
 
 def _adversary(unit: str) -> str:
     """Return from whom a release hides its unit."""
+    if unit == NOTHING:
+        return "nobody"
     if unit == CLIENT:
         return "readers of released models, where the server adds the noise"
     return "the server, other clients and readers of the model"
@@ -259,14 +308,18 @@ def charge(
 def charge_all(ledgers: Ledgers, client: str, charges: Sequence[Charge]) -> list[bytes]:
     """Write what one round releases down, unless it is, and return a key of each release.
 
-    Raises ``BudgetError`` where a run would have made more releases of a kind than it may, or where
-    the data set's epsilon would be above a site's limit or unknown, since rounds before have not
-    hidden the same unit; nothing is written then.
+    What is written down and was not answered counts once, and has the same key, however often it is
+    asked for; what was answered is charged again, with another key. Raises ``BudgetError`` where a
+    run would have made more releases of a kind than it may, or where the data set's epsilon would
+    be above a site's limit or unknown, since rounds before have not hidden the same unit, or
+    nothing; nothing is written then.
     """
     with ledgers.alone(client):
         ledger = ledgers.read(client)
+        charges = [replace(each, release=ledger.unanswered(each.release)) for each in charges]
         if new := [each for each in charges if each.release not in ledger.releases]:
-            after = Ledger(ledger.key, [*ledger.releases, *(each.release for each in new)])
+            releases = [*ledger.releases, *(each.release for each in new)]
+            after = replace(ledger, releases=releases)
             for each in new:
                 _check(after, each)
             ledgers.write(client, after)
@@ -274,10 +327,22 @@ def charge_all(ledgers: Ledgers, client: str, charges: Sequence[Charge]) -> list
     return [derived(ledger.key, text) for text in told]
 
 
+def answer(ledgers: Ledgers, client: str, run: str) -> None:
+    """Write down that what a client has released in a run may leave it: durable when this returns.
+
+    None of it is played again. Raises ``RunError`` where the disk does not take it.
+    """
+    with ledgers.alone(client):
+        ledger = ledgers.read(client)
+        own = {each for each in ledger.releases if each.run == run and each.unit != NOTHING}
+        if new := own - ledger.answered:
+            ledgers.write(client, replace(ledger, answered=ledger.answered | new))
+
+
 def _check(after: Ledger, charge: Charge) -> None:
     """Raise ``BudgetError`` where a ledger's newest ``charge`` is one too many."""
     last, limit = charge.release, charge.limit
-    if after.rounds(last.run, last.unit) > charge.rounds:
+    if after.rounds(last.run, last.kind) > charge.rounds:
         raise BudgetError(
             f"has taken part in the {charge.rounds} rounds that its promise is for, and trains no "
             "more in this run"
@@ -285,7 +350,14 @@ def _check(after: Ledger, charge: Charge) -> None:
     if limit is None:
         return
     data = None if charge.all_data else last.data
-    if kinds := after.others(data, last.unit):
+    kinds = after.others(data, last.unit)
+    if NOTHING in kinds and not charge.promised_only:
+        raise BudgetError(
+            "has trained on the same records in runs that promised nothing, so what these have "
+            "spent has no bound, and its site has a limit; the site may have it count only what "
+            "was promised (promised_only in its limits, promised-only at a node)"
+        )
+    if kinds := [unit for unit in kinds if unit != NOTHING]:
         raise BudgetError(
             f"has spent privacy of the same records with another unit ({', '.join(kinds)}) than "
             f"{last.unit}, and what both come to is not known; its site has a limit"

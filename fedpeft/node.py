@@ -39,7 +39,7 @@ from fedpeft.plan import Plan
 from fedpeft.replies import Replies
 from fedpeft.scattered import common_digest, held_by, is_scattered, nobody, told_of
 from fedpeft.site import Site
-from fedpeft.spending import Purse, check_evaluation
+from fedpeft.spending import Purse, answered, check_evaluation
 from fedpeft.tables import Tables
 from fedpeft.types import Metrics, Scalar, Scattered
 from fedpeft.warm.channel import Place
@@ -75,14 +75,15 @@ class Node:
         """Play a round of a client and return its reply; to the same message again, the same."""
         dealt = self._prepared(place)
         dealt.check_plays(place, client)
-        run = dealt.run_of(packet)
+        run, phase, secret = dealt.run_of(packet), _phase(packet), dealt.plan.privacy.secret
         replies = Replies(dealt.home / "replies" / run, log.warning)
         with _alone(dealt.home / "clients" / run, client):
             memory, holds = dealt.remembered(run, client, packet)
-            reply = replies.find(client, packet) if holds else None
+            reply = replies.find(client, packet, phase) if holds else None
             if reply is None:
                 reply = self._played(dealt, place, client, packet, memory)
-                replies.keep(client, packet, reply)
+                replies.keep(client, packet, reply, phase, durable=secret)
+            answered(dealt.plan, client, run, _purse(place, dealt))
         return reply
 
     def evaluate(self, place: Place, client: str, packet: bytes) -> Metrics:
@@ -301,14 +302,23 @@ def _purse(place: Place, dealt: _Dealt) -> Purse:
     """Return where this node's clients write down what they spend, in whatever run.
 
     Its ``max-epsilon``, at its ``max-delta``, is what all runs together may spend of a data set's
-    records, ``max-client-epsilon`` what they may of all of them as one client's. The limit of a
-    ``client.yaml`` is of all records that the site ever had.
+    records, ``max-client-epsilon`` what they may of all of them as one client's. The limits of a
+    ``client.yaml`` are of all records that the site ever had. With ``promised-only`` runs that
+    promised nothing do not count.
     """
     records, client = _limit(place, "max-epsilon"), _limit(place, "max-client-epsilon")
     if dealt.limits.epsilon is not None:
         records = dealt.limits.epsilon, dealt.limits.delta
-    ledgers = OnDiskLedgers(dealt.home / "ledgers")
-    return Purse(ledgers, records, client, is_apart=True, of_all_data=dealt.own)
+    if dealt.limits.client_epsilon is not None:
+        client = dealt.limits.client_epsilon, dealt.limits.delta
+    if not isinstance(promised := place.node.get("promised-only", False), bool):
+        raise RunError(f"this node's promised-only={promised!r} must be true or false")
+    ledgers, promised = (
+        OnDiskLedgers(dealt.home / "ledgers"),
+        promised or dealt.limits.promised_only,
+    )
+    how = {"of_all_data": dealt.own, "promised_only": promised}
+    return Purse(ledgers, records, client, is_apart=True, **how)
 
 
 def _limit(place: Place, name: str) -> tuple[float, float] | None:
@@ -321,6 +331,11 @@ def _limit(place: Place, name: str) -> tuple[float, float] | None:
     if not isinstance(delta, float) or not 0 < delta < 1:
         raise RunError(f"this node's max-delta={delta!r} is no number between 0 and 1")
     return float(most), delta
+
+
+def _phase(packet: bytes) -> int:
+    phase = peek(packet).get("phase", 0)
+    return phase if isinstance(phase, int) else 0
 
 
 @contextlib.contextmanager

@@ -60,7 +60,10 @@ def mechanism_of(plan: Plan, population: int) -> Mechanism | None:
     """
     if not is_guarded(plan):
         return None
-    return plan.privacy.mechanism(_sampling(plan, population), plan.rounds)
+    found = plan.privacy.mechanism(_sampling(plan, population), plan.rounds)
+    if found is None:
+        raise PlanError("privacy: bounds updates, and has no mechanism that noises their sum")
+    return found
 
 
 def _sampling(plan: Plan, population: int) -> Sampling:

@@ -9,6 +9,7 @@ does not see the rounds in which it was not asked.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ import numpy as np
 
 from fedpeft import hiding
 from fedpeft.errors import BudgetError
-from fedpeft.ledger import CLIENT, Charge, Ledgers, Release, charge_all
+from fedpeft.ledger import CLIENT, Charge, Ledgers, Release, answer, charge_all, unpromised
 from fedpeft.plan import Plan
 from fedpeft.releases import is_guarded, mechanism_of
 from fedpeft.rng import derive
@@ -39,7 +40,8 @@ class Purse:
     a client it writes down where it ``is_apart``: on a machine of its own, whose ledger outlives
     runs. Where one machine plays all clients the run's own ledger says it. Limits are of a data
     set; where it is ``of_all_data``, of all that the client ever had: it may have got new records
-    since, and has most of the old ones still.
+    since, and has most of the old ones still. With ``promised_only`` limits leave out runs that
+    promised nothing.
     """
 
     ledgers: Ledgers
@@ -47,6 +49,7 @@ class Purse:
     client_limit: tuple[float, float] | None = None
     is_apart: bool = False
     of_all_data: bool = False
+    promised_only: bool = False
 
     @property
     def is_limited(self) -> bool:
@@ -59,13 +62,14 @@ def key_of(
     site: Client,
     client: str,
     broadcast: tuple[str, int],
-    depends: Sequence[Tensors],
+    depends: Sequence[Tensors | bytes],
     purse: Purse | None,
 ) -> bytes:
     """Return the key that hides the records of a client's round, which has counted then.
 
     It is empty where none are hidden. ``broadcast`` is its run and round, ``depends`` all that
-    training depends on beside the plan and the data. The plan counts, too: the same noise under
+    training depends on beside the plan and the data: a digest of the packet, header and all, and
+    the tensors that it and the client's memory came to. The plan counts, too: the same noise under
     another clip or rate would tell the gradients' difference. Raises ``BudgetError`` where it would
     be one too many, where nobody would know, or where its site has a limit and what that is of
     would not be hidden.
@@ -80,6 +84,16 @@ def key_of(
     if not plan.privacy.secret:
         return derive(plan.seed, broadcast[1], client, "steps").bytes(_KEY)
     return keys[0]
+
+
+def answered(plan: Plan, client: str, run: str, purse: Purse) -> None:
+    """Write down that a client's reply may leave its node: what it released is not played again.
+
+    Call it once the reply is kept, and before it is sent. Raises ``RunError`` where the disk does
+    not take it; then the reply must not leave.
+    """
+    if plan.privacy.secret:
+        answer(purse.ledgers, client, run)
 
 
 def check_evaluation(plan: Plan, purse: Purse) -> None:
@@ -108,33 +122,44 @@ def _charges(
     site: Client,
     client: str,
     broadcast: tuple[str, int],
-    depends: Sequence[Tensors],
+    depends: Sequence[Tensors | bytes],
     purse: Purse | None,
 ) -> Iterator[Charge]:
-    """Yield what a round spends: first of the client's records, then as a client."""
-    as_client = is_guarded(plan) and purse is not None and purse.is_apart
-    if not plan.privacy.secret or not (plan.privacy.hides or as_client):
+    """Yield what a round spends: first of the client's records, then as a client.
+
+    What promises nothing is written down once for a run, at a machine of the client's own.
+    """
+    is_apart = purse is not None and purse.is_apart
+    promised = plan.privacy.secret and (plan.privacy.hides or is_guarded(plan))
+    if not is_apart and not (promised and plan.privacy.hides):
         return
     held, (run, round) = hiding.holder(site), broadcast
-    across = purse is not None and purse.of_all_data
+    if not promised:
+        yield Charge(unpromised(held.fingerprint, run), math.inf)
+        return
     of = held.fingerprint, run, round, _digest(plan.digest(), depends)
+    how = (purse.of_all_data, purse.promised_only) if purse else (False, False)
     step = hiding.stepping_of(plan, hiding.units_of(plan, site, client))
     if step is not None:
         unit, noise = str(step.told()["unit"]), step.noise_multiplier
         release = Release(*of, unit, step.rate, noise, step.steps)
-        yield Charge(release, step.rounds, purse.limit if purse else None, across)
-    mechanism = mechanism_of(plan, len(held.population)) if as_client else None
+        yield Charge(release, step.rounds, purse.limit if purse else None, *how)
+    mechanism = mechanism_of(plan, len(held.population)) if is_apart else None
     if mechanism is not None and purse is not None:
-        release = Release(*of, CLIENT, 1.0, mechanism.unamplified, 1)
-        most = min(plan.rounds, allowed(plan) or plan.rounds)
-        yield Charge(release, most, purse.client_limit, across)
+        most = allowed(plan)
+        noise, timed = mechanism.unamplified, most is not None
+        release = Release(*of, CLIENT, 1.0, noise, 1, timed=timed)
+        yield Charge(release, min(plan.rounds, most or plan.rounds), purse.client_limit, *how)
 
 
-def _digest(plan: str, depends: Sequence[Tensors]) -> str:
+def _digest(plan: str, depends: Sequence[Tensors | bytes]) -> str:
     found = hashlib.blake2b(plan.encode(), digest_size=16)
-    for tensors in depends:
-        for name in sorted(tensors):
-            value = np.ascontiguousarray(tensors[name])
+    for each in depends:
+        if isinstance(each, bytes):
+            found.update(b"%d:" % len(each) + each)
+            continue
+        for name in sorted(each):
+            value = np.ascontiguousarray(each[name])
             found.update(f"{name}:{value.dtype.str}:{value.shape};".encode())
             found.update(value.tobytes())
         found.update(b"|")

@@ -16,6 +16,7 @@ byte by byte: ``docs/wire.md``.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -140,6 +141,22 @@ def peek(message: Message | bytes) -> Mapping[str, Scalar]:
     """Return the header alone, once the head's checksum has been checked. Raises ``WireError``."""
     head = message.head if isinstance(message, Message) else _cut(message)[0]
     return _read_head(head)[0]
+
+
+def digest(message: Message | bytes) -> bytes:
+    """Return 32 bytes that stand for the whole packet: header, table and arrays.
+
+    They are the same for a message that has left its process. Raises ``WireError`` for no packet.
+    """
+    if isinstance(message, Message):
+        head, pieces = message.head, message.body.pieces
+    else:
+        head, _, _, rest = _cut(message)
+        pieces = [rest]
+    found = hashlib.blake2b(b"%d:" % len(head) + head, digest_size=32)
+    for piece in pieces:
+        found.update(piece)
+    return found.digest()
 
 
 def unpack(message: Message | bytes, expected: Mapping[str, Shapes], limit: int) -> Packet:

@@ -78,6 +78,10 @@ def test_a_site_without_data_or_owners_is_warned(tmp_path: Path) -> None:
         (Limits(), "none"),
         (Limits(models=("m", "/n"), rounds=3), "models m or /n; rounds at most 3"),
         (Limits(seconds=1.5, gain=True), "1.5 seconds a message; the gain may leave"),
+        (
+            Limits(client_epsilon=8.0, promised_only=True),
+            "epsilon 8 at delta 1e-05 as a client; runs that promised nothing do not count",
+        ),
     ],
 )
 def test_limits_in_a_line(limits: Limits, told: str) -> None:

@@ -57,6 +57,7 @@ def test_all_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "modules": ["mine.methods"], "files": ["templates", "/srv"],
         "models": ["minilm", "/models/llama"], "tasks": ["classify"], "rank": 32, "rounds": 200,
         "seconds": 900, "epsilon": 8, "delta": 1e-5, "metrics": False, "gain": True,
+        "client_epsilon": 4, "promised_only": True,
     }  # fmt: skip
     given = {
         "home": "state", "data": "jsonl(train='a.jsonl,/b.jsonl')", "device": "cuda:1",
@@ -71,6 +72,7 @@ def test_all_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         files=(tmp_path / "templates", Path("/srv")),
         models=("minilm", "/models/llama"), tasks=("classify",), rank=32, rounds=200,
         seconds=900.0, epsilon=8.0, delta=1e-5, metrics=False, gain=True,
+        client_epsilon=4.0, promised_only=True,
     )  # fmt: skip
 
 
@@ -137,6 +139,8 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
         ({"owners": [1]}, "owners: [1] must be a list of texts"),
         ({"home": 7}, "home: 7 must be a text"),
         ({"limits": {"epsilon": 3}}, "limits.epsilon: counts what this site's own records spend"),
+        ({"limits": {"client_epsilon": 3}}, "limits.client_epsilon: counts what this site's own"),
+        ({"limits": {"promised_only": "yes"}}, "limits.promised_only: 'yes' must be true or false"),
     ],
 )
 def test_a_mistake(tmp_path: Path, lines: dict[str, Any], problem: str) -> None:

@@ -222,6 +222,11 @@ def empty() -> Any:
         ({"rank": 8}, {"adapter": "core(r=4, heads=3)"}, "adapter: rank 12, and the highest here"),
         ({"rounds": 1}, {}, "rounds: 2, and the most here are 1"),
         ({"epsilon": 3}, {}, "privacy: none hides no records, and what they may spend here is"),
+        (
+            {"client_epsilon": 3},
+            {},
+            "privacy: none hides no clients, and what this one may spend is epsilon 3",
+        ),
     ],
 )
 def test_a_plan_beyond_a_site_s_limits_is_refused_before_anything_is_read(
@@ -448,6 +453,40 @@ def test_a_limit_on_epsilon_is_of_all_records_that_a_site_ever_had(camp: Camp) -
     assert told[-1]["epsilon"] > max(told[0]["epsilon"], told[1]["epsilon"])
     _, history, _ = result_of(camp.folder / "second")
     assert history[-1]["round"] == 1
+
+
+def test_a_limit_on_a_site_as_a_client_is_of_all_runs(camp: Camp) -> None:
+    """Of its own ``client.yaml``, and of whatever its records were; other sites go on."""
+    lines = {"weighting": EVEN, "evaluate": "test", "holdout": 0, "rounds": 2}
+    plan = camp.plan(privacy="user(noise_multiplier=2.0)", **lines)
+    camp.settle()
+    serve(camp.grid(plan, out=str(camp.folder / "first")))
+    (ledger,) = (own for _, own in OnDiskLedgers(camp.folder / "gamma/state/ledgers").all())
+    camp.client("gamma", limits={"client_epsilon": 1.05 * ledger.epsilon(None, 1e-5, CLIENT)})
+    own = camp.folder / "gamma/own.jsonl"
+    own.write_text(own.read_text() + json.dumps({"text": "another", "label": LABELS[0]}) + "\n")
+    serve(camp.grid(plan, out=str(camp.folder / "second")))
+    counts = {
+        site: len(held.releases)
+        for site in SITES
+        for _, held in OnDiskLedgers(camp.folder / site / "state/ledgers").all()
+    }
+    assert counts == {"alpha": 4, "beta": 4, "gamma": 2}
+
+
+def test_runs_without_a_promise_close_a_site_s_limit_unless_its_owner_says_so(camp: Camp) -> None:
+    camp.settle()
+    serve(camp.grid(camp.plan(rounds=1), out=str(camp.folder / "open")))
+    lines = {"weighting": EVEN, "evaluate": "test", "holdout": 0, "rounds": 1}
+    plan = camp.plan(privacy="user(noise_multiplier=2.0)", **lines)
+    for name, limits, charged in (
+        ("closed", {"client_epsilon": 50}, 1),
+        ("opened", {"client_epsilon": 50, "promised_only": True}, 2),
+    ):
+        camp.client("beta", limits=limits)
+        serve(camp.grid(plan, out=str(camp.folder / name)))
+        (ledger,) = (own for _, own in OnDiskLedgers(camp.folder / "beta/state/ledgers").all())
+        assert len(ledger.releases) == charged
 
 
 def test_nobody_is_told_how_many_records_a_site_has_under_a_promise_to_sites(camp: Camp) -> None:

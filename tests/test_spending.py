@@ -21,7 +21,7 @@ from fedpeft.cli import app
 from fedpeft.durable import MOMENTS
 from fedpeft.errors import BudgetError, RunError
 from fedpeft.federation import deal
-from fedpeft.ledger import CLIENT, InProcessLedgers, Ledger, OnDiskLedgers, Release
+from fedpeft.ledger import CLIENT, InProcessLedgers, Ledger, OnDiskLedgers, Release, unpromised
 from fedpeft.privacy._mechanism import Adaptive, Mechanism
 from fedpeft.releases import mechanism_of
 from fedpeft.site import Site
@@ -155,10 +155,17 @@ def test_a_round_counts_once_however_often_it_is_asked(bert: Path, site: Site) -
 @pytest.mark.parametrize(
     "privacy", ["none", "user(noise_multiplier=1.0, simulate_noise=true)"], ids=["none", "seeded"]
 )
-def test_what_promises_nothing_spends_nothing(bert: Path, site: Site, privacy: str) -> None:
-    purse = apart()
-    assert play(guarded(bert, privacy=privacy), site, purse) == b""
-    assert releases(purse) == []
+def test_what_promises_nothing_counts_nothing_and_is_known(
+    bert: Path, site: Site, privacy: str
+) -> None:
+    """Once for a run at a machine of the client's own; a simulation's run says it itself."""
+    purse, plan = apart(), guarded(bert, privacy=privacy)
+    for at in (AT, ("run", 1), AT):
+        assert play(plan, site, purse, at) == b""
+    assert releases(purse) == [unpromised(site.fingerprint, "run")]
+    simulated = Purse(InProcessLedgers())
+    assert play(plan, site, simulated) == b""
+    assert releases(simulated) == []
 
 
 def test_a_simulation_leaves_it_to_the_run_s_ledger(bert: Path, tmp_path: Path) -> None:

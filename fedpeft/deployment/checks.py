@@ -51,6 +51,9 @@ def describe(limits: Limits) -> str:
     told += [f"{limits.seconds:g} seconds a message"] if limits.seconds is not None else []
     if limits.epsilon is not None:
         told.append(f"epsilon {limits.epsilon:g} at delta {limits.delta:g} over all runs")
+    if limits.client_epsilon is not None:
+        told.append(f"epsilon {limits.client_epsilon:g} at delta {limits.delta:g} as a client")
+    told += ["runs that promised nothing do not count"] if limits.promised_only else []
     told += [] if limits.metrics else ["no metrics leave"]
     told += ["the gain may leave"] if limits.gain else []
     told += [f"methods of {', '.join(limits.modules)}"] if limits.modules else []

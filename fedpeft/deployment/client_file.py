@@ -21,10 +21,11 @@ class Limits:
 
     ``models`` are plan lines as they are written, ``tasks`` names of methods, ``rank`` the highest
     of a low-rank adapter. ``seconds`` is the longest work on one message. ``epsilon``, at
-    ``delta``, is what all runs together may spend of the site's records. ``metrics`` says whether
-    anything that was measured on its records may leave, ``gain`` whether what it gained over
-    training alone may. ``modules`` are those from outside fedpeft whose methods plans may use, and
-    ``files`` the folders below which they may name files.
+    ``delta``, is what all runs together may spend of the site's records, ``client_epsilon`` what
+    they may of all of these as one; with ``promised_only`` neither counts runs that promised
+    nothing. ``metrics`` says whether anything that was measured on its records may leave, ``gain``
+    whether what it gained over training alone may. ``modules`` are those from outside fedpeft whose
+    methods plans may use, and ``files`` the folders below which they may name files.
     """
 
     models: tuple[str, ...] | None = None
@@ -33,7 +34,9 @@ class Limits:
     rounds: int | None = None
     seconds: float | None = None
     epsilon: float | None = None
+    client_epsilon: float | None = None
     delta: float = 1e-5
+    promised_only: bool = False
     metrics: bool = True
     gain: bool = False
     modules: tuple[str, ...] = ()
@@ -95,8 +98,10 @@ def load_client(path: str | Path) -> ClientFile:
         limits=_limits(limits, here),
         owners=None if owners is None else tuple(_at(here, owner) for owner in owners),
     )
-    if found.limits.epsilon is not None and data is None and reader.text("data") is None:
-        limits.wrong("epsilon", "counts what this site's own records spend; name them in data")
+    if data is None and reader.text("data") is None:
+        for name in ("epsilon", "client_epsilon"):
+            if getattr(found.limits, name) is not None:
+                limits.wrong(name, "counts what this site's own records spend; name them in data")
     reader.unknown()
     if problems := [*reader.problems, *limits.problems]:
         raise SiteError(f"{path}: {'; '.join(problems)}")
@@ -158,7 +163,9 @@ def _limits(reader: Reader, here: Path) -> Limits:
         rounds=reader.whole("rounds", None),
         seconds=reader.number("seconds", None),
         epsilon=reader.number("epsilon", None),
+        client_epsilon=reader.number("client_epsilon", None),
         delta=reader.number("delta", 1e-5, below=1) or 1e-5,
+        promised_only=reader.flag("promised_only", False),
         metrics=reader.flag("metrics", True),
         gain=reader.flag("gain", False),
         modules=modules,

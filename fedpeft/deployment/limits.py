@@ -8,6 +8,7 @@ from time import monotonic
 from fedpeft.deployment.client_file import Limits
 from fedpeft.errors import RunError
 from fedpeft.plan import Plan
+from fedpeft.releases import is_guarded
 from fedpeft.spec import describe
 from fedpeft.types import Ranked
 
@@ -36,6 +37,11 @@ def refusals(limits: Limits, plan: Plan) -> list[str]:
         found.append(
             f"privacy: {describe(plan.privacy)} hides no records, and what they may spend here is "
             f"epsilon {limits.epsilon:g}; say privacy: record(epsilon=...)"
+        )
+    if limits.client_epsilon is not None and not (is_guarded(plan) and plan.privacy.secret):
+        found.append(
+            f"privacy: {describe(plan.privacy)} hides no clients, and what this one may spend is "
+            f"epsilon {limits.client_epsilon:g}; say privacy: user(epsilon=...)"
         )
     return found
 
