@@ -23,7 +23,10 @@ from fedpeft.turns import Turns
 from fedpeft.types import Flight, Tensors
 
 KEPT = 2
-"""Checkpoints kept: the newest, and one before it in case the newest is damaged."""
+"""Checkpoints kept: the newest, and one before it in case the newest is damaged.
+
+Under secret coins ``RunFolder.save`` keeps one: the older has the key of noise that was released.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fedpeft import turns
 from fedpeft.data import _files
 from fedpeft.errors import FedPeftError, ModelError, PlanError, SpecError
 from fedpeft.models._locate import locate
@@ -24,6 +25,8 @@ from fedpeft.types import Carrying, Scalar
 
 LINES = (*(field.name for field in fields(Plan)), "preset")
 """Every key of the run-config that belongs to the plan."""
+_SIZES = (*range(1, 300), 10**3, 10**4, 10**6)
+"""Numbers of records for which work is compared."""
 _RUN = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
@@ -79,6 +82,27 @@ def read_config(config: Mapping[str, Scalar]) -> tuple[Plan, Settings]:
     plan = Plan.from_lines(lines)
     check_real(plan)
     return plan, settings
+
+
+def check_settings(plan: Plan, settings: Settings) -> None:
+    """Raise ``PlanError`` for what real machines would make of a promise that counts turns.
+
+    It assumes of when replies come that this depends on nobody's records.
+    """
+    if turns.allowed(plan) is None:
+        return
+    if settings.every:
+        raise PlanError(
+            "every=true asks a client anew whose app broke down, so its reply comes later, and "
+            "with privacy: user(participations=...) when one comes must not depend on its records; "
+            "set every=false"
+        )
+    if len({plan.trainer.budget(records)[0] for records in _SIZES}) > 1:
+        raise PlanError(
+            f"trainer: {describe(plan.trainer)} takes more steps where a client has more records, "
+            "so its reply comes later, and with privacy: user(participations=...) when one comes "
+            "must not depend on its records; say steps=..."
+        )
 
 
 def run_config(plan: Plan) -> dict[str, Scalar]:

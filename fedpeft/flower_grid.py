@@ -89,7 +89,7 @@ class GridEngine:
     def reachable(self, clients: Sequence[str]) -> Sequence[str]:
         """Return those of ``clients`` whose nodes are there; others are greeted when they come.
 
-        Raises ``RunError`` where nobody is there for as long as the first greeting may take.
+        Raises ``RunError`` where none of them is there for as long as the first greeting may take.
         """
         until, sleep = time.monotonic() + self._wait, _SLEEP[0]
         while True:
@@ -100,7 +100,11 @@ class GridEngine:
             if there or not clients:
                 return there
             if time.monotonic() > until:
-                raise RunError(f"no client was there for {self._wait:g} seconds; start the nodes")
+                few = len(clients) < len(self._roll.population)
+                meant = f", of the {len(clients)} that may still be asked" if few else ""
+                raise RunError(
+                    f"no client was there for {self._wait:g} seconds{meant}; start the nodes"
+                )
             time.sleep(sleep)
             sleep = min(1.5 * sleep, _SLEEP[1])
 

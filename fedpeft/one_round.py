@@ -100,7 +100,7 @@ class Run:
 def one_round(run: Run, at: Checkpoint) -> Checkpoint:
     """Play the next round; return how the run stands after it. Raises ``RunError``."""
     began, plan, state, sent = time.perf_counter(), run.plan, at.state, Traffic()
-    reachable = run.post.reachable(run.attendance.reachable(state.round))
+    reachable = run.post.reachable(_able(run, at))
     course = run.course(at, turns.left(plan, at.turns, reachable), sent)
     course.ask()
     weights = _weights(run, state, course)
@@ -141,6 +141,13 @@ def one_round(run: Run, at: Checkpoint) -> Checkpoint:
     found = Checkpoint(after, best, params, line, *stands)
     found = _ended(found) if is_over(plan, found) else found
     return replace(found, line=published(plan, found.line))
+
+
+def _able(run: Run, at: Checkpoint) -> Sequence[str]:
+    """Return those of whom this round may still have a reply: asked anew, or at work already."""
+    there = run.attendance.reachable(at.state.round)
+    able = {*turns.left(run.plan, at.turns, there), *(flight.client for flight in at.flying)}
+    return [client for client in there if client in able]
 
 
 def is_over(plan: Plan, at: Checkpoint) -> bool:

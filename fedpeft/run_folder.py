@@ -6,7 +6,7 @@
     plan.yaml        the resolved plan, to be read and run again
     rounds.jsonl     one line per round
     course.jsonl     of machines that come and go: who was there, and what came when
-    checkpoints/     the server's state, the newest two
+    checkpoints/     the server's state, the newest two; the newest alone where it holds secrets
     memory/          what clients keep (control variates, private heads), what they have spent
     updates/         the last update of each client, where the weighting counts them
     found/           what the schedule has found out about each client, to convert its updates
@@ -34,7 +34,7 @@ from typing import Any
 
 import yaml
 
-from fedpeft.checkpoint import Checkpoint, drop_old, load_checkpoint, save_checkpoint
+from fedpeft.checkpoint import KEPT, Checkpoint, drop_old, load_checkpoint, save_checkpoint
 from fedpeft.durable import acquire, append_line, replace_file
 from fedpeft.errors import RunError
 from fedpeft.json_lines import mapping, read_lines
@@ -119,7 +119,7 @@ class RunFolder:
                 f"{self.path}/checkpoints: empty, though {len(lines)} rounds were run; restore it "
                 "or choose another --out"
             )
-        if self.plan.privacy.secret and self.plan.privacy.bound < math.inf and len(lines) > done:
+        if self._keyed and len(lines) > done:
             raise RunError(
                 f"{self.path}/rounds.jsonl: round {done} was released, and what it released cannot "
                 "be made again; restore its checkpoint, or choose another --out"
@@ -136,7 +136,7 @@ class RunFolder:
         if (course := self.path / "course.jsonl").exists():
             played = [line for line in read_lines(course) if line.get("round", done) < done]
             self._bring(course.name, played)
-        drop_old(self.path / "checkpoints")
+        drop_old(self.path / "checkpoints", kept=1 if self._keyed else KEPT)
         return found
 
     def begin(self, checkpoint: Checkpoint) -> None:
@@ -144,11 +144,16 @@ class RunFolder:
         save_checkpoint(self.path / "checkpoints", checkpoint, self.digest)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Make a round durable: first the state, which carries the line, then the line."""
+        """Make a round durable: first the state, which carries the line, then the line.
+
+        Once both are, no way leads back behind the round, and the key of its noise is deleted.
+        """
         if checkpoint.course:
             append_line(self.path / "course.jsonl", json.dumps(dict(checkpoint.course)), "ledger")
         save_checkpoint(self.path / "checkpoints", checkpoint, self.digest)
         append_line(self.path / "rounds.jsonl", json.dumps(dict(checkpoint.line)), "ledger")
+        if self._keyed:
+            drop_old(self.path / "checkpoints", kept=1)
 
     def history(self) -> list[dict[str, Any]]:
         """Return the whole lines of ``rounds.jsonl``; a last one cut short is left out."""
@@ -174,6 +179,11 @@ class RunFolder:
         if self.plan.privacy.secret:
             drop_old(self.path / "checkpoints", kept=1)
         self._write("result.json", result, "result")
+
+    @property
+    def _keyed(self) -> bool:
+        """Whether checkpoints hold the secret key of a round's noise."""
+        return self.plan.privacy.secret and self.plan.privacy.bound < math.inf
 
     def _bring(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         """Let a file of lines hold just these."""

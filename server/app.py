@@ -13,12 +13,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 import fedpeft
-from fedpeft import turns
 from fedpeft.deployment.roster import read_roster
 from fedpeft.deployment.submissions import REFUSED
 from fedpeft.driver import drive, input_digests
-from fedpeft.errors import FedPeftError, PlanError
-from fedpeft.flower_config import home, read_config
+from fedpeft.errors import FedPeftError
+from fedpeft.flower_config import check_settings, home, read_config
 from fedpeft.flower_grid import GridEngine
 from fedpeft.logs import RunLog
 from fedpeft.preflight import check
@@ -47,17 +46,12 @@ def _run(grid: Grid, context: Context) -> None:
     import torch
 
     plan, settings = read_config(context.run_config)
+    check_settings(plan, settings)
     torch.set_num_threads(settings.threads)
     own = is_scattered(plan)
     checked = check(plan, gathered(plan) if own else None)
     federation, warned = checked.federation, _warn(checked.warnings)
     out = Path(settings.out).expanduser() if settings.out else home() / "runs" / str(context.run_id)
-    if settings.every and turns.allowed(plan) is not None:
-        raise PlanError(
-            "every=true asks a client anew whose app broke down, so its reply comes later, and "
-            "with privacy: user(participations=...) when one comes must not depend on its records; "
-            "set every=false"
-        )
     patience = {"patient": is_guarded(plan), "every": settings.every}
     engine = GridEngine(grid, settings.deadline, **patience, roster=read_roster)
     clients = dict.fromkeys(federation.population) if own else federation.population

@@ -16,7 +16,9 @@ import pytest
 
 from fedpeft import Plan, simulate
 from fedpeft.checkpoint import load_checkpoint
+from fedpeft.durable import MOMENTS
 from fedpeft.errors import PlanError, RunError
+from fedpeft.one_round import one_round
 from fedpeft.post import Simulated
 from fedpeft.preflight import check
 from fedpeft.preview import as_text, preview
@@ -186,6 +188,47 @@ def _stopped(run: Any, at: Any, used: list[Coins] | None = None) -> Any:
     if used is not None:
         used.append(at.state.coins)
     raise KeyboardInterrupt
+
+
+def test_no_key_of_a_round_in_the_ledger_is_left(bert: Path, tmp_path: Path) -> None:
+    plan, out = private(bert, cohort="everyone", rounds=4), tmp_path / "run"
+    played, left = list[str](), list[set[str]]()
+
+    def noted(run: Any, at: Any) -> Any:
+        held = (path.read_bytes() for path in (out / "checkpoints").iterdir())
+        left.append({key for key in played if any(key.encode() in data for data in held)})
+        played.append(at.state.coins.key.hex())
+        assert coins(out)[1].key.hex() == played[-1]
+        return one_round(run, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedpeft.driver.one_round", noted)
+        simulate(plan, out=out)
+    assert len({*played}) == 4
+    assert left == [set()] * 4
+    (last,) = (out / "checkpoints").iterdir()
+    assert not any(key.encode() in last.read_bytes() for key in played)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *(f"checkpoint.{moment}:3" for moment in MOMENTS),
+        *(f"ledger.{moment}:2" for moment in ("begun", "half", "written", "synced", "settled")),
+    ],
+)
+def test_one_checkpoint_is_enough_wherever_a_kill_comes(
+    runs: Runs, tmp_path: Path, fault: str
+) -> None:
+    """Before the line is durable there are two; what is torn then is of the newer one."""
+    lines, out = lines_of(rounds=3), tmp_path / "run"
+    assert runs(out, fault=fault, **lines).signal == signal.SIGKILL
+    before = coins(out)
+    again = runs(out, resume=True, **lines)
+    assert again.error == ""
+    assert [line["round"] for line in again.history or ()] == [0, 1, 2]
+    (path,) = (out / "checkpoints").iterdir()
+    assert before[1].key.hex().encode() not in path.read_bytes()
 
 
 def test_what_was_released_is_not_made_again(runs: Runs, tmp_path: Path) -> None:

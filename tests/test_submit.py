@@ -68,6 +68,15 @@ def test_a_signature_that_sites_accept(file: ServerFile, plan: Path, tmp_path: P
         signing.verify({**seen, "rounds": 99}, app, [place / "owner.pub"])
 
 
+TURNS = {
+    "privacy": "user(noise_multiplier=0.5, participations=2)",
+    "schedule": "buffered(size=2, concurrency=3)",
+    "weighting": "uniform(denominator='expected')",
+    "trainer": "plain(lr=0.1, steps=2)",
+    "evaluate": "",
+}
+
+
 @pytest.mark.parametrize(
     ("lines", "problem"),
     [
@@ -79,6 +88,10 @@ def test_a_signature_that_sites_accept(file: ServerFile, plan: Path, tmp_path: P
         ({"availability": "bernoulli(mean=0.5)"}, "is for simulations"),
         ({"out": "/elsewhere"}, "out"),
         ({"signer": "me"}, "signer"),
+        ({**TURNS, "every": "true"}, "every=true asks a client anew whose app broke down"),
+        ({**TURNS, "trainer": "plain(lr=0.1, epochs=1)"}, r"more records.*; say steps=\.\.\."),
+        ({**TURNS, "trainer": "plain(lr=0.1)"}, "takes more steps where a client has more records"),
+        ({**TURNS, "trainer": "plain(lr=0.1, records=9)"}, "takes more steps where a client has"),
         ({"run": "me"}, "run"),
     ],
 )

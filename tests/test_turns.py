@@ -20,7 +20,8 @@ from scipy import stats
 from fedpeft import Plan, simulate
 from fedpeft.checkpoint import Checkpoint, load_checkpoint
 from fedpeft.durable import MOMENTS
-from fedpeft.errors import PlanError
+from fedpeft.errors import PlanError, RunError
+from fedpeft.flower_config import Settings, check_settings
 from fedpeft.ledger import CLIENT, OnDiskLedgers
 from fedpeft.one_round import Run, is_over, one_round
 from fedpeft.preflight import check
@@ -350,6 +351,43 @@ def test_nobody_is_asked_again_because_its_app_broke_down(bert: Path, tmp_path: 
     with pytest.raises(PlanError, match=r"so its reply comes later.*set every=false"):
         serve(FakeGrid(config, nodes=4))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("apart")
+def test_nobody_is_asked_whose_work_follows_its_records(bert: Path, tmp_path: Path) -> None:
+    for trainer in ("plain(lr=0.01, epochs=1)", "plain(lr=0.01, records=30)"):
+        plan = rationed(bert, latency="none", trainer=trainer)
+        with pytest.raises(PlanError, match=r"trainer: plain.* more records.*; say steps=\.\.\."):
+            serve(FakeGrid(config_of(plan, out=str(tmp_path / "out")), nodes=4))
+    assert not (tmp_path / "out").exists()
+    free = support_plan(bert, trainer="plain(lr=0.01, epochs=1)")
+    check_settings(free, Settings(every=True))
+
+
+@pytest.mark.usefixtures("apart")
+def test_no_round_is_played_while_nobody_is_there_who_may_be_asked(
+    bert: Path, tmp_path: Path
+) -> None:
+    """Those who are have no turns left: the run waits, ends with a line, and goes on later."""
+    lines = {"privacy": SECRET.replace("=2)", "=1)"), "schedule": "buffered(size=1, concurrency=1)"}
+    plan, out = rationed(bert, latency="none", rounds=4, **lines), tmp_path / "out"
+    grid = FakeGrid(config_of(plan, out=str(out), wait=0.2), nodes=4)
+    ids = grid.get_node_ids
+
+    def staying() -> Any:
+        asked = [m.metadata.dst_node_id for m in grid.sent if m.metadata.message_type == "train"]
+        return ids() if len(asked) < 2 else asked
+
+    grid.get_node_ids = staying  # type: ignore[method-assign]
+    with pytest.raises(
+        RunError, match=r"for 0\.2 seconds, of the 2 that may still be asked; start"
+    ):
+        serve(grid)
+    assert len((out / "rounds.jsonl").read_text().splitlines()) == 2
+    again = FakeGrid(config_of(plan, out=str(out), resume=True), nodes=4)
+    serve(again)
+    assert asked_at(grid) + asked_at(again) == dict.fromkeys(range(4), 1)
+    assert len((out / "rounds.jsonl").read_text().splitlines()) == 4
 
 
 # --- what is told and refused -------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fedpeft.deployment.server_file import ServerFile
 from fedpeft.deployment.submissions import Submission, check_name, find, free_name, submit
 from fedpeft.durable import is_held
 from fedpeft.errors import PlanError, SiteError
-from fedpeft.flower_config import Settings, run_config
+from fedpeft.flower_config import Settings, check_settings, run_config
 from fedpeft.plan import Plan
 from fedpeft.types import Scalar
 
@@ -48,6 +48,7 @@ def send(
     check_running(file)
     found = Plan.from_yaml(plan, {k: v for k, v in lines.items() if k not in _settings()})
     settings = _settings_of(file, lines)
+    check_settings(found, settings)
     config = run_config(found)
     for warning in _checked(file, found):
         tell(f"warning: {warning}")
