@@ -105,17 +105,20 @@ def check_settings(plan: Plan, settings: Settings) -> None:
         )
 
 
-def run_config(plan: Plan) -> dict[str, Scalar]:
+def run_config(plan: Plan, *, rooted: bool = True) -> dict[str, Scalar]:
     """Return every plan key; relative paths of files and folders that exist here become absolute.
 
     Flower's processes work in the directory in which their SuperLink or SuperNode was started.
+    Where they are not ``rooted`` paths stay as they are written: they are another machine's.
     Raises ``PlanError`` for what only a simulation can do.
     """
     check_real(plan)
     lines: dict[str, Any] = plan.lines()
-    lines["model"] = _model(plan.model)
-    lines |= {line: describe(_rooted(getattr(plan, line)), full=True) for line in PARTS}
-    if plan.warm_start and Path(plan.warm_start).exists():
+    lines["model"] = _model(plan.model) if rooted else plan.model
+    parts = {line: _carried(getattr(plan, line)) for line in PARTS}
+    parts = {line: _rooted(part) for line, part in parts.items()} if rooted else parts
+    lines |= {line: describe(part, full=True) for line, part in parts.items()}
+    if rooted and plan.warm_start and Path(plan.warm_start).exists():
         lines["warm_start"] = str(Path(plan.warm_start).absolute())
     for name in (f.name for f in fields(Plan) if f.default not in (None, "", MISSING)):
         if getattr(plan, name) in (None, ""):  # an empty key would bring the default back
@@ -148,13 +151,13 @@ def _model(model: str) -> str:
     return str(location.folder) if given else model
 
 
-def _rooted(part: Any) -> Any:
-    """Return ``part`` with absolute paths, or with what they hold where it can carry that.
+def _carried(part: Any) -> Any:
+    """Return ``part`` with what its files hold, where it can carry that."""
+    return part.carried() if isinstance(part, Carrying) else part
 
-    What only looks like a path is left as it is.
-    """
-    if isinstance(part, Carrying):
-        part = part.carried()
+
+def _rooted(part: Any) -> Any:
+    """Return ``part`` with absolute paths; what only looks like a path is left as it is."""
     if hasattr(part, "stages"):
         return part
     texts = {f.name: v for f in fields(part) if isinstance(v := getattr(part, f.name), str)}

@@ -9,9 +9,11 @@ was checked is what Flower then gets. What is leaned on is checked at the start,
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +22,23 @@ from typing import Any, NoReturn, TypeAlias
 from flwr.app import Error, Message
 from flwr.common.config import get_fused_config_from_fab
 
+import fedpeft
 from fedpeft.deployment.signing import hash_of, verify
 from fedpeft.errors import FedPeftError, SiteError
 from fedpeft.flower import REFUSED, log
+from fedpeft.flower_bundle import bundle as own_bundle
 from fedpeft.types import Scalar
 
 Owners: TypeAlias = Callable[[], "Sequence[Path] | None"]
 """Says who may submit runs, as it is now: files of public keys; ``None`` is anybody."""
 
+Pinned: TypeAlias = Callable[[], bool]
+"""Says whether no app is taken but the one of this installation."""
+_LARGEST, _PROJECT = 16 << 20, 1 << 20
+"""Bytes of the largest bundle, and of the largest pyproject.toml in one, unpacked: it is read
+before anybody's signature is."""
+_MOST = 8
+"""Runs whose bundles are kept in memory; another's is fetched and checked again."""
 _PULL, _INSERT = "_pull_and_store_message", "_insert_message"
 _GIVEN = ("state", "object_store", "receive", "get_run", "get_fab")
 """Arguments of Flower's function that are used here; others are passed on."""
@@ -36,16 +47,17 @@ _BUSY, _GLANCE = 60.0, 0.3
 own, while nothing comes, are 3 seconds apart, which is half of a short round."""
 
 
-def supernode(arguments: Sequence[str], owners: Owners) -> NoReturn:
+def supernode(arguments: Sequence[str], owners: Owners, pinned: Pinned) -> NoReturn:
     """Be a SuperNode with the arguments of ``flower-supernode``, until it ends.
 
-    Only runs that one of ``owners`` signed get onto this machine. Raises ``SiteError`` where this
+    Only runs that one of ``owners`` signed get onto this machine, and where the app is ``pinned``
+    only those of the app that is installed here. Raises ``SiteError`` where this
     version of Flower is not known.
     """
     from flwr.supernode import start_client_internal as flower
     from flwr.supernode.cli import flower_supernode
 
-    guard(flower, Admission(owners))
+    guard(flower, Admission(owners, pinned))
     sys.argv = ["flower-supernode", *arguments]
     flower_supernode()
     # Flower returns where its connection broke, and its other threads would go on for ever
@@ -65,12 +77,19 @@ class Admission:
     """What a run has to bring; call it with the run and its bundle as the server sent them."""
 
     owners: Owners
+    pinned: Pinned = lambda: False
 
     def __call__(self, run: Any, bundle: Any) -> None:
         """Raise ``SiteError`` with the reason where it is not taken."""
         found = hash_of(bundle.content)
         if not found == bundle.hash_str == run.fab_hash:
             raise SiteError("the server sent another app than the run names")
+        if self.pinned() and found != hash_of(own_bundle()):
+            raise SiteError(
+                f"the app (SHA-256 {found[:12]}...) is not the one of this site's own fedpeft "
+                f"{fedpeft.__version__}, and it takes no other (limits.bundle); install the same "
+                "fedpeft at server and sites"
+            )
         config = _config(run, bundle.content)
         owners = self.owners()
         if owners is not None:
@@ -155,6 +174,8 @@ class _Guarded:
         bundle = get_fab(run.fab_hash, run_id)
         self._admit(run, bundle)
         self._known[run_id] = run, bundle
+        if len(self._known) > _MOST:
+            del self._known[next(iter(self._known))]
 
 
 def _config(run: Any, bundle: bytes) -> Mapping[str, Scalar]:
@@ -162,8 +183,25 @@ def _config(run: Any, bundle: bytes) -> Mapping[str, Scalar]:
 
     Raises ``SiteError`` for a bundle that is none: the SuperNode would end over it.
     """
+    _check_size(bundle)
     try:
         found: Mapping[str, Scalar] = get_fused_config_from_fab(bundle, run)
     except Exception as error:  # whatever reading a stranger's archive may lead to
         raise SiteError(f"the run's app or configuration cannot be read ({error})") from None
     return found
+
+
+def _check_size(bundle: bytes) -> None:
+    """Raise ``SiteError`` for a bundle that takes much memory before it is known whose it is."""
+    size = len(bundle)
+    if size > _LARGEST:
+        raise SiteError(f"the run's app has {size} bytes, at most {_LARGEST} are taken")
+    try:
+        with zipfile.ZipFile(io.BytesIO(bundle)) as packed:
+            size = packed.getinfo("pyproject.toml").file_size
+    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, OSError) as error:
+        raise SiteError(f"the run's app or configuration cannot be read ({error})") from None
+    if size > _PROJECT:
+        raise SiteError(
+            f"the run's app has a pyproject.toml of {size} bytes, at most {_PROJECT} are read"
+        )

@@ -54,7 +54,7 @@ def test_the_least_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_all_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     limits = {
-        "modules": ["mine.methods"], "files": ["templates", "/srv"],
+        "bundle": "installed", "modules": ["mine.methods"], "files": ["templates", "/srv"],
         "models": ["minilm", "/models/llama"], "tasks": ["classify"], "rank": 32, "rounds": 200,
         "seconds": 900, "epsilon": 8, "delta": 1e-5, "metrics": False, "gain": True,
         "client_epsilon": 4, "promised_only": True,
@@ -68,6 +68,7 @@ def test_all_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.home, found.owners) == (tmp_path / "state", (tmp_path / "owner.pub",))
     assert (found.device, found.threads, found.idle) == ("cuda:1", 2, 60.0)
     assert found.limits == Limits(
+        pinned=True,
         modules=("mine.methods",),
         files=(tmp_path / "templates", Path("/srv")),
         models=("minilm", "/models/llama"), tasks=("classify",), rank=32, rounds=200,
@@ -135,6 +136,7 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
         ({"data": "sites(names='a')"}, "data: sites(names='a') is a plan's line"),
         ({"limits": ["rank"]}, "limits: ['rank'] must be lines 'name: value'"),
         ({"limits": {"models": "minilm"}}, "limits.models: 'minilm' must be a list of texts"),
+        ({"limits": {"bundle": "mine"}}, "limits.bundle: 'mine' must be any or installed"),
         ({"limits": {"delta": 1}}, "limits.delta: 1 must be a number above 0 and below 1"),
         ({"owners": [1]}, "owners: [1] must be a list of texts"),
         ({"home": 7}, "home: 7 must be a text"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -190,6 +193,54 @@ class Site:
 def tasks(site: Site) -> int:
     """How many processes Flower would start: each is a task."""
     return len(site.state.get_tasks())
+
+
+def test_a_pinned_site_takes_its_own_app_and_no_other(keys: Path) -> None:
+    """Not even one that an owner signed, nor without owners."""
+    from fedpeft.flower_bundle import bundle as own_bundle
+
+    own, app, alice = own_bundle(), bundle("good"), keys / "alice" / "owner.pub"
+    for known in (lambda: [alice], lambda: None):
+        site = Site(Admission(known, lambda: True))
+        site.has(7, app, **signed(keys, app))
+        site.pull(7)
+        ((code, reason),) = site.replies()
+        assert code == REFUSED
+        assert "is not the one of this site's own fedpeft" in reason
+        assert not tasks(site)
+    site = Site(Admission(lambda: None, lambda: True))
+    site.has(8, own)
+    assert site.pull(8) == 8
+    assert not site.replies()
+
+
+def test_a_bundle_that_unpacks_to_much_is_not_unpacked(keys: Path) -> None:
+    """Its pyproject.toml is read before the signature, which is of what it says."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("pyproject.toml", PROJECT + "#" * (200 << 20))
+    app = packed.getvalue()
+    assert len(app) < 1 << 20
+    site = Site(Admission(lambda: [keys / "alice" / "owner.pub"]))
+    site.has(7, app, **signed(keys, app))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    site.pull(7)
+    ((code, reason),) = site.replies()
+    assert (code, "has a pyproject.toml of 2097" in reason) == (REFUSED, True), reason
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10, "KiB"
+    with pytest.raises(SiteError, match="at most 16777216 are taken"):
+        flower_site._check_size(bytes((16 << 20) + 1))
+
+
+def test_bundles_are_not_kept_for_ever(keys: Path) -> None:
+    site = Site(Admission(lambda: None))
+    for number in range(1, 21):
+        site.has(number, bundle(f"app{number}"))
+        assert site.pull(number) == number
+    guarded: Any = site._pull
+    assert len(guarded._known) == 8
+    assert site.pull(1) == 1, "one that was let go of is fetched and checked again"
+    assert not site.replies()
 
 
 def test_a_run_that_an_owner_signed_is_taken(keys: Path) -> None:

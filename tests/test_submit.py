@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from fedpeft import cli
 from fedpeft.deployment import signing
 from fedpeft.deployment.roster import write_roster
 from fedpeft.deployment.server_file import ServerFile
+from fedpeft.deployment.signature_file import write_signed
 from fedpeft.deployment.submissions import State, Submission, submitted
-from fedpeft.deployment.submit import follow, send
+from fedpeft.deployment.submit import follow, plan_of, send, settings_of
 from fedpeft.durable import acquire
 from fedpeft.errors import FedPeftError, PlanError, RunError, SiteError
-from fedpeft.flower_bundle import as_seen
+from fedpeft.flower_bundle import as_seen, bundle
 from fedpeft.flower_config import read_config
 from tests.tiny import support_lines, tiny_bert
 
@@ -66,6 +69,130 @@ def test_a_signature_that_sites_accept(file: ServerFile, plan: Path, tmp_path: P
     signing.verify(seen, app, [place / "owner.pub"])
     with pytest.raises(SiteError, match="the plan is not the one"):
         signing.verify({**seen, "rounds": 99}, app, [place / "owner.pub"])
+
+
+class Owner:
+    """An owner on a machine of their own: a key, a copy of the plan, no server."""
+
+    def __init__(self, folder: Path, plan: Path) -> None:
+        self.plan, self.out = plan, folder / "run.signed"
+        signing.make_owner(folder / "certs", "alice")
+        self.key = folder / "certs" / "owners" / "alice" / "owner.key"
+
+    def signs(self, **lines: str) -> Path:
+        write_signed(self.out, plan_of(self.plan, lines), settings_of(lines), self.key)
+        return self.out
+
+
+@pytest.fixture
+def owner(tmp_path: Path, plan: Path) -> Owner:
+    return Owner(tmp_path / "owner", plan)
+
+
+def test_what_was_signed_elsewhere_is_submitted_as_it_was_signed(
+    file: ServerFile, plan: Path, owner: Owner
+) -> None:
+    path = owner.signs(rounds="7", deadline="90")
+    owner.key.unlink()
+    run, _ = sent(file, plan, signature=path, lines={"rounds": "7"})
+    found, settings = read_config(run.config)
+    assert (found.rounds, settings.deadline, settings.threads) == (7, 90.0, 1)
+    assert (settings.out, settings.resume) == (str(file.runs / "my-plan"), True)
+    signing.verify(
+        as_seen(run.app, run.config), signing.hash_of(run.app), [owner.key.with_suffix(".pub")]
+    )
+    with pytest.raises(SiteError, match="was submitted as my-plan, and a signature is for one run"):
+        sent(file, plan, signature=path, lines={"rounds": "7"})
+    run.state = State("failed", run=4, starts=3, tries=3, reason="full disk")
+    again, _ = sent(file, plan, signature=path, lines={"rounds": "7"}, name="my-plan", resume=True)
+    assert (again.state.state, again.config) == ("waiting", run.config)
+
+
+def test_a_signature_goes_on_with_its_own_run_alone(
+    file: ServerFile, plan: Path, owner: Owner
+) -> None:
+    run, _ = sent(file, plan, name="r")
+    run.state = State("failed")
+    with pytest.raises(SiteError, match="is for another run than the one to go on with"):
+        sent(file, plan, signature=owner.signs(), name="r", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ({"rounds": "3"}, "rounds was 2 where it was signed, and is 3; submit what was signed"),
+        ({"deadline": "5"}, "deadline was 0.0 where it was signed, and is 5.0"),
+        ({"adapter": "lora(r=2)"}, 'adapter was "lora(r=4'),
+    ],
+)
+def test_a_signature_of_another_plan_or_other_settings(
+    file: ServerFile, plan: Path, owner: Owner, lines: dict[str, str], problem: str
+) -> None:
+    with pytest.raises(SiteError, match=re.escape(problem)):
+        sent(file, plan, signature=owner.signs(), lines=lines)
+    assert not (file.home / "submitted").exists()
+
+
+def test_a_signature_of_another_app(
+    file: ServerFile, plan: Path, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, app = owner.signs(), bundle()
+    monkeypatch.setattr("fedpeft.flower_bundle.bundle", lambda: app + b" ")
+    with pytest.raises(SiteError, match=r"is for the app of fedpeft .* install the same on both"):
+        sent(file, plan, signature=path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda told: told["config"].update(rounds=9), "a line was changed afterwards"),
+        (lambda told: told.update(signature="x" * 40), "signature is damaged"),
+        (lambda told: told.update(public="ssh-ed25519 AAAA"), "is no owner's public key"),
+        (lambda told: told.update(signer="SHA256:else"), "none of this site's owners"),
+        (lambda told: told.pop("app"), "is no signature of a run; make one with fedpeft sign"),
+        (lambda told: told.update(config=[]), "is no signature of a run"),
+        (lambda told: told.update(app=7), "is no signature of a run"),
+    ],
+)
+def test_a_signature_file_that_was_changed(
+    file: ServerFile, plan: Path, owner: Owner, change: Callable[[Any], Any], problem: str
+) -> None:
+    told = json.loads(owner.signs().read_text())
+    change(told)
+    owner.out.write_text(json.dumps(told))
+    with pytest.raises(SiteError, match=f"run.signed: .*{problem}"):
+        sent(file, plan, signature=owner.out)
+    assert not (file.home / "submitted").exists()
+
+
+def test_a_path_that_is_relative_to_where_it_is_submitted_was_not_signed(
+    file: ServerFile, plan: Path, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = yaml.safe_load(plan.read_text())
+    model = Path(lines["model"])
+    plan.write_text(yaml.safe_dump({**lines, "model": f"./{model.name}"}))
+    monkeypatch.chdir(model.parent)
+    said = rf"model: \./{model.name} has a path that is relative .* write it as {model}, and sign"
+    with pytest.raises(SiteError, match=said):
+        sent(file, plan, signature=owner.signs())
+
+
+def test_the_command_signs_and_overwrites_nothing(
+    plan: Path, owner: Owner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sign", str(plan), "rounds=3", "--key", str(owner.key), "--out", str(owner.out)]
+    monkeypatch.setattr("sys.argv", ["fedpeft", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None)
+    assert "fedpeft submit My plan.yaml --signature run.signed" in capsys.readouterr().out
+    made = owner.out.read_bytes()
+    assert json.loads(made)["config"]["rounds"] == 3
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "exists, and is not overwritten; choose another --out" in capsys.readouterr().err
+    assert owner.out.read_bytes() == made
 
 
 TURNS = {

@@ -58,6 +58,7 @@ def describe(limits: Limits) -> str:
     told += ["the gain may leave"] if limits.gain else []
     told += [f"methods of {', '.join(limits.modules)}"] if limits.modules else []
     told += [f"files below {', '.join(map(str, limits.files))}"] if limits.files else []
+    told += ["no app but that of this fedpeft"] if limits.pinned else []
     return "; ".join(told) or "none"
 
 

@@ -25,7 +25,8 @@ class Limits:
     they may of all of these as one; with ``promised_only`` neither counts runs that promised
     nothing. ``metrics`` says whether anything that was measured on its records may leave, ``gain``
     whether what it gained over training alone may. ``modules`` are those from outside fedpeft whose
-    methods plans may use, and ``files`` the folders below which they may name files.
+    methods plans may use, and ``files`` the folders below which they may name files. Where it is
+    ``pinned`` no app is taken but that of this machine's fedpeft.
     """
 
     models: tuple[str, ...] | None = None
@@ -41,6 +42,7 @@ class Limits:
     gain: bool = False
     modules: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +152,9 @@ def _device(reader: Reader) -> str:
 def _limits(reader: Reader, here: Path) -> Limits:
     tasks, known = reader.texts("tasks"), names("tasks")
     modules = reader.texts("modules") or ()
+    bundle = reader.text("bundle", "any")
+    if bundle not in ("any", "installed"):
+        reader.wrong("bundle", f"{bundle!r} must be any or installed")
     for module in modules:
         if not all(word.isidentifier() for word in module.split(".")):
             reader.wrong("modules", f"{module!r} is no module; write package.module")
@@ -170,6 +175,7 @@ def _limits(reader: Reader, here: Path) -> Limits:
         gain=reader.flag("gain", False),
         modules=modules,
         files=tuple(_at(here, folder) for folder in reader.texts("files") or ()),
+        pinned=bundle == "installed",
     )
     reader.unknown()
     return found

@@ -17,7 +17,7 @@ _USUAL = Path("server.yaml")
 
 def add_to(app: typer.Typer) -> None:
     """Give ``app`` these commands."""
-    for command in (server, submit, follow, stop, status):
+    for command in (server, sign, submit, follow, stop, status):
         app.command()(command)
 
 
@@ -37,6 +37,27 @@ def server(
     serve(found, _say)
 
 
+def sign(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file (YAML)")],
+    key: Annotated[Path, typer.Option(help="owner.key, which stays on this machine")],
+    out: Annotated[Path, typer.Option(help="the file to write, for fedpeft submit --signature")],
+    lines: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[LINE=VALUE]...", help="plan lines or settings (wait, deadline)"),
+    ] = None,
+) -> None:
+    """Sign a run of a plan on its owner's machine; paths in it are those of the server's."""
+    from fedpeft.deployment.signature_file import write_signed
+    from fedpeft.deployment.submit import plan_of, settings_of
+
+    given = _pairs(lines or [])
+    made = write_signed(out, plan_of(plan, given), settings_of(given), key)
+    typer.echo(
+        f"{out}: signed by {made.signer}, for one run with fedpeft {made.fedpeft}; say there"
+    )
+    typer.echo(f"fedpeft submit {plan.name} --signature {out.name}")
+
+
 def submit(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file (YAML)")],
     lines: Annotated[
@@ -45,6 +66,9 @@ def submit(
     ] = None,
     server: ServerPath = _USUAL,
     key: Annotated[Path | None, typer.Option(help="owner.key, to sign the run with")] = None,
+    signature: Annotated[
+        Path | None, typer.Option(help="what fedpeft sign wrote on the owner's machine")
+    ] = None,
     name: Annotated[str, typer.Option(help="of the run [default: the plan's]")] = "",
     detach: Annotated[bool, typer.Option("--detach", help="do not wait for its end")] = False,
     resume: Annotated[
@@ -56,7 +80,8 @@ def submit(
     from fedpeft.deployment.submit import send
 
     given = _pairs(lines or [])
-    run = send(load_server(server), plan, given, name=name, key=key, resume=resume, tell=_say)
+    signed = {"key": key, "signature": signature}
+    run = send(load_server(server), plan, given, name=name, **signed, resume=resume, tell=_say)
     typer.echo(f"run {run.name}: submitted; it leaves {run.out}")
     if not detach:
         follow(run.name, server)

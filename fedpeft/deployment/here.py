@@ -31,6 +31,15 @@ def owners() -> Sequence[Path] | None:
     return site.owners if site else None
 
 
+def is_pinned() -> bool:
+    """Tell whether this site takes no app but that of its own fedpeft (``limits.bundle``).
+
+    Raises ``SiteError`` as :func:`this_site` does.
+    """
+    site = this_site()
+    return site is not None and site.limits.pinned
+
+
 def check_signed(config: Mapping[str, Scalar]) -> None:
     """Raise ``SiteError`` where this site has owners and none of them signed this run-config.
 

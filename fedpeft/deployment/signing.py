@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization as coded
@@ -32,6 +33,7 @@ FREE = ("out", "resume")
 folders a run is kept and whether it goes on there. No node reads either."""
 _DOMAIN = b"fedpeft run 1\n"
 """What begins the signed bytes: a signature made for anything else is none of a run."""
+_Known: TypeAlias = "Mapping[str, tuple[Ed25519PublicKey, str]]"
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -82,7 +84,23 @@ def verify(config: Mapping[str, Scalar], app_hash: str | None, owners: Sequence[
     unpacked it has checked it. Raises ``SiteError`` with the reason where nobody signed, or a
     stranger did, or plan or app are others than those that were signed.
     """
-    known = {_fingerprint(key): (key, name) for key, name in map(_load_public, owners)}
+    _verify(config, app_hash, dict(map(_known, map(_load_public, owners))))
+
+
+def verify_by(public: str, config: Mapping[str, Scalar], app_hash: str) -> None:
+    """Check that who has the key of ``public``, a line of OpenSSH, signed this run.
+
+    Raises ``SiteError`` as :func:`verify` does.
+    """
+    _verify(config, app_hash, dict([_known(_public_in(public.encode(), "its public key"))]))
+
+
+def public_of(key_path: Path) -> str:
+    """Return the public half of an owner's key as a line of OpenSSH. Raises ``SiteError``."""
+    return _in_openssh(_load_private(key_path).public_key()).decode()
+
+
+def _verify(config: Mapping[str, Scalar], app_hash: str | None, known: _Known) -> None:
     names = ", ".join(name for _, name in known.values())
     signer, signature = (str(config.get(key, "")) for key in ("signer", "signature"))
     if not signer or not signature:
@@ -163,8 +181,15 @@ def _load_private(path: Path) -> Ed25519PrivateKey:
     return key
 
 
+def _known(found: tuple[Ed25519PublicKey, str]) -> tuple[str, tuple[Ed25519PublicKey, str]]:
+    return _fingerprint(found[0]), found
+
+
 def _load_public(path: Path) -> tuple[Ed25519PublicKey, str]:
-    data = read(path)
+    return _public_in(read(path), path)
+
+
+def _public_in(data: bytes, path: Path | str) -> tuple[Ed25519PublicKey, str]:
     try:
         key = coded.load_ssh_public_key(data.strip())
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -172,7 +197,7 @@ def _load_public(path: Path) -> tuple[Ed25519PublicKey, str]:
     if not isinstance(key, Ed25519PublicKey):
         raise SiteError(f"{path}: is no owner's public key (Ed25519), as owner.pub is")
     words = data.decode(errors="replace").split(maxsplit=2)
-    return key, words[2].strip()[:60] if len(words) > 2 else path.name
+    return key, words[2].strip()[:60] if len(words) > 2 else Path(path).name
 
 
 def _in_openssh(key: Ed25519PublicKey) -> bytes:

@@ -6,17 +6,24 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fedpeft.deployment.roster import read_roster
 from fedpeft.deployment.server import control_of
 from fedpeft.deployment.server_file import ServerFile
-from fedpeft.deployment.submissions import Submission, check_name, find, free_name, submit
+from fedpeft.deployment.submissions import (
+    Submission,
+    check_name,
+    find,
+    free_name,
+    submit,
+    submitted,
+)
 from fedpeft.durable import is_held
 from fedpeft.errors import PlanError, SiteError
-from fedpeft.flower_config import Settings, check_settings, run_config
+from fedpeft.flower_config import Settings, check_settings, read_config, run_config
 from fedpeft.plan import Plan
 from fedpeft.types import Scalar
 
@@ -35,38 +42,56 @@ def send(
     *,
     name: str = "",
     key: Path | None = None,
+    signature: Path | None = None,
     resume: bool = False,
     tell: Tell,
 ) -> Submission:
     """Check a plan wholly and hand it to the server; return what was asked for.
 
-    ``lines`` replace those of the plan, or settings such as ``wait``. Raises ``FedPeftError``
-    before anything is written where something does not fit.
+    ``lines`` replace those of the plan, or settings such as ``wait``. It is signed with ``key``, or
+    was on another machine, which left ``signature``. Raises ``FedPeftError`` before anything is
+    written where something does not fit.
     """
-    from fedpeft.flower_bundle import as_seen, bundle
+    from fedpeft.flower_bundle import bundle
 
     check_running(file)
-    found = Plan.from_yaml(plan, {k: v for k, v in lines.items() if k not in _settings()})
-    settings = _settings_of(file, lines)
-    check_settings(found, settings)
-    config = run_config(found)
-    for warning in _checked(file, found):
-        tell(f"warning: {warning}")
+    if key and signature:
+        raise PlanError("--key signs here, --signature was made elsewhere; leave one out")
+    found, app = plan_of(plan, lines), bundle()
     if resume and not name:
         raise PlanError("--resume: say with --name which run is meant")
     name = name or free_name(file.home, plan.stem)
     check_name(name)
-    run = str(find(file.home, name).config.get("run", "")) if resume else secrets.token_hex(16)
-    settings = replace(settings, out=str(file.runs / name), resume=True, run=run)
-    config |= {f.name: getattr(settings, f.name) for f in fields(settings)}
-    app = bundle()
-    if key:
-        config |= _signed(key, as_seen(app, config), app)
+    run = str(find(file.home, name).config.get("run", "")) if resume else ""
+    own: dict[str, Scalar] = {"out": str(file.runs / name), "resume": True}
+    if signature:
+        config = _signed_before(file, signature, found, lines, app, run) | own
+    else:
+        settings = settings_of(lines, threads=file.threads)
+        settings = replace(settings, run=run or secrets.token_hex(16))
+        config = {**run_config(found), **asdict(settings), **own}
+        config |= _signed(key, config, app) if key else {}
+    check_settings(found, read_config(config)[1])
+    for warning in _checked(file, found):
+        tell(f"warning: {warning}")
     if not resume:
         return submit(file.home, name, config, app)
     taken = find(file.home, name)
     taken.take_up(config, app)
     return taken
+
+
+def plan_of(path: Path, lines: Mapping[str, Any]) -> Plan:
+    """Read a plan, with those of ``lines`` that are a plan's. Raises ``PlanError``."""
+    return Plan.from_yaml(path, {k: v for k, v in lines.items() if k not in _settings()})
+
+
+def settings_of(lines: Mapping[str, Any], **usual: Any) -> Settings:
+    """Return how a submitted run is run: as ``lines`` say, else as is ``usual``.
+
+    Raises ``PlanError``.
+    """
+    return Settings(**{"wait": WAIT, **usual, **_given(lines)})
 
 
 def follow(file: ServerFile, run: Submission, tell: Tell) -> bool:
@@ -131,19 +156,41 @@ def _settings() -> dict[str, type]:
     return {f.name: type(f.default) for f in fields(Settings) if f.name not in _OURS}
 
 
-def _settings_of(file: ServerFile, lines: Mapping[str, Any]) -> Settings:
+def _given(lines: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that ``lines`` say."""
     import yaml
 
-    given: dict[str, Any] = {"threads": file.threads, "wait": WAIT}
+    given: dict[str, Any] = {}
     for name, kind in _settings().items():
         if name in lines:
             value = yaml.safe_load(lines[name]) if kind is not str else lines[name]
             given[name] = float(value) if kind is float and type(value) is int else value
-    return Settings(**given)
+    return given
 
 
 def _signed(key: Path, config: Mapping[str, Scalar], app: bytes) -> dict[str, Scalar]:
     from fedpeft.deployment.signing import hash_of, sign
+    from fedpeft.flower_bundle import as_seen
 
-    signer, signature = sign(key, config, hash_of(app))
+    signer, signature = sign(key, as_seen(app, config), hash_of(app))
     return {"signer": signer, "signature": signature}
+
+
+def _signed_before(
+    file: ServerFile, path: Path, plan: Plan, lines: Mapping[str, Any], app: bytes, run: str
+) -> dict[str, Scalar]:
+    """Return the run-config that was signed elsewhere, where it is this plan's; ``run`` goes on."""
+    from fedpeft.deployment.signature_file import check_same, load_signed
+
+    found = load_signed(path, app)
+    check_same(path, found, plan, _given(lines))
+    named = found.config.get("run")
+    if run and named != run:
+        raise SiteError(f"{path}: is for another run than the one to go on with; sign it again")
+    used = (each.name for each in submitted(file.home) if each.config.get("run") == named)
+    if not run and (before := next(used, None)):
+        raise SiteError(
+            f"{path}: was submitted as {before}, and a signature is for one run; to go on with "
+            f"that one say --name {before} --resume, for another sign again (fedpeft sign)"
+        )
+    return {**found.config, "signer": found.signer, "signature": found.signature}

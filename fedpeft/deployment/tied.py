@@ -119,10 +119,10 @@ def main(arguments: Sequence[str]) -> None:
 
             superexec(given)
         else:
-            from fedpeft.deployment.here import owners
+            from fedpeft.deployment.here import is_pinned, owners
             from fedpeft.flower_site import supernode
 
-            supernode(given, owners)
+            supernode(given, owners, is_pinned)
     except FedPeftError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(REFUSES)
