@@ -23,7 +23,7 @@ from fedpeft.flower import (
     packet_record,
     read_packet,
 )
-from fedpeft.warm.channel import Gone, Place, Trainer, Warm
+from fedpeft.warm.channel import Gone, Keeping, Place, Warm
 
 if TYPE_CHECKING:
     from fedpeft.node import Node
@@ -70,6 +70,20 @@ def evaluate(message: Message, context: Context) -> Message:
     return answer(message, make)
 
 
+@app.query("keep")
+def keep(message: Message, context: Context) -> Message:
+    """Keep the run's result at the site; tell of its gain only what the site lets leave."""
+
+    def make() -> RecordDict:
+        place, client = _place(context), addressee(message.content)
+        packet = read_packet(message.content)
+        told = _done(lambda trainer: trainer.keep(place, client, packet))
+        fault("reply.unsent")
+        return metrics_record(told)
+
+    return answer(message, make)
+
+
 def forget() -> None:
     """Give back all that is not on disk, as the end of this process would."""
     while _here:
@@ -80,7 +94,7 @@ def _place(context: Context) -> Place:
     return Place(dict(context.run_config), dict(context.node_config))
 
 
-def _done(work: Callable[[Trainer], _T]) -> _T:
+def _done(work: Callable[[Keeping], _T]) -> _T:
     """Return what the warm trainer makes of it, or this process where none runs."""
     try:
         return work(Warm())

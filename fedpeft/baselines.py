@@ -68,7 +68,7 @@ def _alone(plan: Plan, site: Site, engine: Engine, seen: int, tell: Tell) -> Met
 
     def play(part: Sequence[str], grouping: Grouping) -> Sequence[Metrics]:
         begun, most = len(found) * seen, len(part) * seen
-        trained = _train(
+        trained = train(
             plan,
             site,
             [site.train(client) for client in part],
@@ -87,7 +87,7 @@ def _alone(plan: Plan, site: Site, engine: Engine, seen: int, tell: Tell) -> Met
 
 def _central(plan: Plan, site: Site, seen: int, tell: Tell) -> Metrics:
     pooled = [example for client in site.federation.train for example in site.train(client)]
-    (tensors,) = _train(
+    (tensors,) = train(
         plan,
         site,
         [pooled],
@@ -103,7 +103,7 @@ def _score(site: Site, tensors: Tensors) -> Metrics:
     return site.learner.evaluate([tensors], [site.test()])[0]
 
 
-def _train(
+def train(
     plan: Plan,
     site: Site,
     each: Sequence[Sequence[Example]],

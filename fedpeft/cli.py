@@ -382,6 +382,22 @@ def client(
     (look if check else serve)(load_client(file), voice)
 
 
+@app.command()
+def gain(
+    file: Annotated[Path, typer.Argument(metavar="CLIENT", help="a client.yaml")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run that this site took part in")],
+) -> None:
+    """Train alone on this site's records; tell what a run has gained it. It stays at the site."""
+    from fedpeft.deployment.client_file import load_client
+    from fedpeft.gain import gain as compare
+    from fedpeft.report import statements, table
+
+    found = compare(load_client(file), run, lambda text: typer.echo(text, err=True))
+    for line in (*table(found.report), "", *statements(found.report)):
+        typer.echo(line)
+    typer.echo(f"report: {found.folder / 'README.md'}")
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit status 2."""
     # torch's threads wait actively: briefly, or a busy machine slows them by an order of magnitude

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from fedpeft.attendance import Attendance
 from fedpeft.baselines import compare
 from fedpeft.board import Board
 from fedpeft.checkpoint import Checkpoint
-from fedpeft.engine._base import Engine, Stage
+from fedpeft.closing import Result as Closing
+from fedpeft.engine._base import Engine, Handing, Stage
 from fedpeft.evaluation import scored
-from fedpeft.export import write_adapter
+from fedpeft.export import model_card, write_adapter
 from fedpeft.federation import Federation, deal
 from fedpeft.first_gradient import public_splits
+from fedpeft.handing_out import prepare
 from fedpeft.memory import InProcess
 from fedpeft.models._base import fingerprint
 from fedpeft.one_round import Run, is_over, one_round
@@ -25,6 +27,7 @@ from fedpeft.plan import Plan
 from fedpeft.post import Post, Simulated
 from fedpeft.preflight import check
 from fedpeft.run_folder import RunFolder
+from fedpeft.scattered import is_scattered
 from fedpeft.site import Site, encode
 from fedpeft.spec import build
 from fedpeft.state import start
@@ -144,8 +147,12 @@ def drive(
     shared = at.best_params if plan.keep_best and at.best_params else at.state.tensors
     tensors = {**site.initial, **shared}
     if folder:
-        line = scored(run.history, plan.keep_best, at.best)
-        write_adapter(folder.path / "adapter", plan, site, tensors, run.history, line)
+        card = model_card(plan, site, run.history, scored(run.history, plan.keep_best, at.best))
+        write_adapter(folder.path / "adapter", plan, site, tensors, card)
+        if isinstance(engine, Handing) and is_scattered(plan):
+            told = folder.run, folder.path.name, plan, at.state.round
+            result = Closing.of(*told, tensors, site.tables.shapes)
+            prepare(folder.path, replace(result, acks=at.state.acks), [*engine.population()])
     done = folder.compared() if folder else {}
     keep = folder.write_compared if folder else None
     rows = compare(plan, site, engine, run.history, tensors, done, keep, watch.compare)

@@ -31,6 +31,7 @@ KINDS = (
     "roster",
     "submission",
     "asked",
+    "kept",
 )
 """What is written: see ``run_folder.py`` for the files of a run, ``node.py`` for a node's."""
 MOMENTS = ("begun", "half", "written", "synced", "renamed", "settled")

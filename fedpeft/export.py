@@ -27,10 +27,12 @@ def write_adapter(
     plan: Plan,
     site: Site,
     tensors: Tensors,
-    history: Sequence[Mapping[str, Any]],
-    scored: Mapping[str, Any],
+    card: str,
 ) -> None:
-    """Write the adapter folder in the place of ``path``; a reader sees the old one or the new."""
+    """Write the adapter folder in the place of ``path``; a reader sees the old one or the new.
+
+    ``card`` is its model card.
+    """
     temporary = path.with_name(f".{path.name}.new")
     remove_folder(temporary)
     temporary.mkdir(parents=True)
@@ -38,7 +40,6 @@ def write_adapter(
     plan.adapter.export(site.base, solid, temporary)
     about = {"lines": plan.lines(), "classes": list(site.federation.classes)}
     (temporary / PROVENANCE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    card = model_card(plan, site, history, scored)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     replace_folder(path, temporary, "adapter")
 

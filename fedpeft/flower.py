@@ -20,6 +20,8 @@ log = logging.getLogger("flwr.fedpeft")  # below Flower's own, so that --stream 
 
 REFUSED = 100
 """Error code of a client that says why it does not answer; Flower's own are below."""
+KEEP = "query.keep"
+"""Type of the message that brings a site the result of its run."""
 _STYPE = "fedpeft.packet"
 
 

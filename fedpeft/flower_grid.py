@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from flwr.app import MessageType as Kind
@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from fedpeft import flower_errands
 from fedpeft.errors import FedPeftError, RunError
-from fedpeft.flower import log, read_hello, read_metrics, read_packet
+from fedpeft.flower import KEEP, log, read_hello, read_metrics, read_packet
 from fedpeft.flower_errands import Answer, Crash, Errands, Key, Refusal, content_of
 from fedpeft.flower_errands import Post as Messages
 from fedpeft.flower_roll import Roll
@@ -25,6 +25,7 @@ from fedpeft.wire import Message as Packed
 
 _SLEEP = (0.05, 0.5)  # seconds between two looks for replies: the first, the longest
 _GLANCE = 3.0  # seconds between two looks for nodes, while somebody is to be asked again
+_LAST = 3600.0  # seconds that a client has to keep the result, where rounds have no deadline
 
 _T = TypeVar("_T")
 
@@ -78,13 +79,32 @@ class GridEngine:
         node has spoken.
         """
         roll = self._roll = Roll(expected, version, plan, roster=self._roster)
+        if not self._met(expected, wait):
+            raise RunError(roll.absent(len(self._greeted), wait))
+
+    def meet(
+        self,
+        wanted: Collection[str],
+        expected: Mapping[str, int | None],
+        version: str,
+        plan: str,
+        wait: float,
+    ) -> list[str]:
+        """Return which of ``wanted`` are there within ``wait`` seconds; see :meth:`greet`."""
+        self._roll = Roll(expected, version, plan, roster=self._roster)
+        self._met(wanted, wait)
+        return [client for client in wanted if client in self._roll.nodes]
+
+    def _met(self, wanted: Collection[str], wait: float) -> bool:
+        """Greet nodes until all who are wanted were found, or time is up, or there is no hope."""
         until, sleep, self._wait = time.monotonic() + wait, _SLEEP[0], wait
-        while roll.missing:
-            if time.monotonic() > until or roll.hopeless:
-                raise RunError(roll.absent(len(self._greeted), wait))
+        while not self._roll.nodes.keys() >= {*wanted}:
+            if time.monotonic() > until or self._roll.hopeless:
+                return False
             self._look()
             time.sleep(sleep)
             sleep = min(1.5 * sleep, _SLEEP[1])
+        return True
 
     def reachable(self, clients: Sequence[str]) -> Sequence[str]:
         """Return those of ``clients`` whose nodes are there; others are greeted when they come.
@@ -219,6 +239,15 @@ class GridEngine:
             if metrics:
                 yield client, metrics
 
+    def hand_out(
+        self, requests: Iterable[tuple[str, Packed]]
+    ) -> Iterator[tuple[str, Metrics | Exception]]:
+        """Have each client keep the result. Whose node is away, or dies over it, is left out."""
+        self._look()
+        asked: Errands[str] = Errands(self._messages, self._node_of, self._deadline or _LAST)
+        for client, found in self._asked(asked, KEEP, requests, every=False):
+            yield client, _read(found, read_metrics)
+
     def share(
         self, clients: Sequence[str], work: Callable[[Sequence[str], Grouping], _T]
     ) -> Iterator[_T]:
@@ -228,9 +257,18 @@ class GridEngine:
     def _ask(
         self, kind: str, requests: Iterable[tuple[str, Packed]]
     ) -> Iterator[tuple[str, Answer]]:
-        asked: Errands[str] = self._errands()
+        return self._asked(self._errands(), kind, requests, every=self._every)
+
+    def _asked(
+        self,
+        asked: Errands[str],
+        kind: str,
+        requests: Iterable[tuple[str, Packed]],
+        *,
+        every: bool,
+    ) -> Iterator[tuple[str, Answer]]:
         for client, message in requests:
-            if self._every or self._roll.nodes[client] in self._present:
+            if every or self._roll.nodes.get(client) in self._present:
                 asked.begin(client, client, kind, message)
             else:
                 yield client, RunError("its node is away")

@@ -15,22 +15,24 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeAlias
 
 import fedpeft
+from fedpeft import results
 from fedpeft.client_rounds import Asked, client_round
 from fedpeft.deployment.client_file import ClientFile, Limits
 from fedpeft.deployment.here import check_signed, this_site
 from fedpeft.deployment.limits import Stopwatch, refusals
 from fedpeft.deployment.plan_text import unread_refusals
 from fedpeft.deployment.quota import Quota, most_of
-from fedpeft.errors import DataError, RunError, WireError
+from fedpeft.errors import BudgetError, DataError, RunError, WireError
 from fedpeft.evaluation import group_evaluation
 from fedpeft.federation import Federation, deal
 from fedpeft.flower import Hello, log
 from fedpeft.flower_config import Settings, home, is_run, read_config
+from fedpeft.handing_out import GAIN, LATER
 from fedpeft.ledger import OnDiskLedgers
 from fedpeft.memory import Memory, OnDisk
 from fedpeft.models import _base
@@ -109,6 +111,30 @@ class Node:
             asked = [Asked(client, packet, memory)]
             (metrics,) = group_evaluation(dealt.plan, site, asked, [held])
         return metrics
+
+    def keep(self, place: Place, client: str, packet: bytes) -> Metrics:
+        """Keep the result of a run (``results.py``).
+
+        Nothing is told of its gain but where the site lets that leave.
+        """
+        dealt = self._prepared(place)
+        dealt.check_plays(place, client)
+        if not dealt.own:
+            raise RunError("a node without records of its own keeps no results")
+        run = dealt.run_of(packet)
+        with _alone(dealt.home / "clients" / run, client):
+            found = results.held(dealt.home, run, packet)
+            if found is None:
+                dealt.count(run, client, "keep", packet)
+                with self._timed(dealt) as site:
+                    memory = partial(dealt.memories(run).load, client)
+                    told = dealt.plan, site, client, packet
+                    found = results.keep(dealt.home, *told, memory)
+                log.info("run %s: its result is in %s", run, found.folder)
+        if not _tells_gain(place, dealt) or not found.report["records"]["held out"]:
+            return {}
+        gain = results.gain_told(found)
+        return {LATER: 1.0} if gain is None else {f"{GAIN}{k}": v for k, v in gain.items()}
 
     def unload(self) -> None:
         """Give back plan, data and base; the next message brings them again."""
@@ -319,6 +345,15 @@ def _purse(place: Place, dealt: _Dealt) -> Purse:
     )
     how = {"of_all_data": dealt.own, "promised_only": promised}
     return Purse(ledgers, records, client, is_apart=True, **how)
+
+
+def _tells_gain(place: Place, dealt: _Dealt) -> bool:
+    """Tell whether the gain may leave: it is measured on records, and has no noise."""
+    try:
+        check_evaluation(dealt.plan, _purse(place, dealt))
+    except BudgetError:
+        return False
+    return dealt.limits.gain and dealt.limits.metrics and not dealt.plan.privacy.secret
 
 
 def _limit(place: Place, name: str) -> tuple[float, float] | None:

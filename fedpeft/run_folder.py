@@ -12,6 +12,8 @@
     found/           what the schedule has found out about each client, to convert its updates
     adapter/         the result, as other tools load it
     compare.json     what the final table sets beside it, entry by entry
+    outgoing.*       with sites that have records of their own: the result as it is sent to them
+    kept.json        which of them keep it
     result.json      the final table: the mark of a finished run
     events.*         TensorBoard
     versions.json    what the run was made with

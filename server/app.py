@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from flwr.app import Context
@@ -16,10 +16,13 @@ import fedpeft
 from fedpeft.deployment.roster import read_roster
 from fedpeft.deployment.submissions import REFUSED
 from fedpeft.driver import drive, input_digests
+from fedpeft.durable import locked
 from fedpeft.errors import FedPeftError
 from fedpeft.flower_config import check_settings, home, read_config
 from fedpeft.flower_grid import GridEngine
+from fedpeft.handing_out import hand_out, owed
 from fedpeft.logs import RunLog
+from fedpeft.plan import Plan
 from fedpeft.preflight import check
 from fedpeft.releases import is_guarded
 from fedpeft.run_folder import RunFolder
@@ -29,6 +32,8 @@ from fedpeft.terminal import RunScreen
 
 app = ServerApp()
 log = logging.getLogger("flwr.fedpeft")
+_SOON = 60.0
+"""Seconds for which sites are waited for that are to keep the result of a finished run."""
 
 
 @app.main()
@@ -52,8 +57,12 @@ def _run(grid: Grid, context: Context) -> None:
     checked = check(plan, gathered(plan) if own else None)
     federation, warned = checked.federation, _warn(checked.warnings)
     out = Path(settings.out).expanduser() if settings.out else home() / "runs" / str(context.run_id)
+    out = out.absolute()
     patience = {"patient": is_guarded(plan), "every": settings.every}
     engine = GridEngine(grid, settings.deadline, **patience, roster=read_roster)
+    if own and settings.resume and (left := owed(out)):
+        _hand_out_again(engine, plan, out, left, settings.wait)
+        return
     clients = dict.fromkeys(federation.population) if own else federation.population
     engine.greet(clients, fedpeft.__version__, common_digest(plan, federation), settings.wait)
     if own:
@@ -62,11 +71,26 @@ def _run(grid: Grid, context: Context) -> None:
         _warn([text for text in checked.warnings if text not in warned])
     inputs = input_digests(plan, federation)
     with (
-        RunFolder(out.absolute(), plan, inputs, resume=settings.resume, run=settings.run) as folder,
+        RunFolder(out, plan, inputs, resume=settings.resume, run=settings.run) as folder,
         _screen(folder.path) as screen,
         contextlib.closing(Site(plan, federation, settings.device, warn=screen.warn)) as site,
     ):
         screen.finish(drive(plan, site, engine, folder, screen))
+        if left := owed(out):
+            hand_out(out, plan, engine, left, log.info)
+
+
+def _hand_out_again(
+    engine: GridEngine, plan: Plan, out: Path, left: Sequence[str], wait: float
+) -> None:
+    """Have those keep the result of a finished run who do not yet, as far as they are there."""
+    federation = gathered(plan)
+    clients, digest = dict.fromkeys(federation.population), common_digest(plan, federation)
+    with locked(out, "run"):
+        soon = min(wait, _SOON)
+        there = engine.meet(left, clients, fedpeft.__version__, digest, soon)
+        log.info("the run is over; its result goes to %s", ", ".join(there) or "nobody")
+        hand_out(out, plan, engine, there, log.info)
 
 
 def _warn(texts: Collection[str]) -> Collection[str]:

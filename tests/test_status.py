@@ -110,3 +110,20 @@ def test_nothing_yet(file: ServerFile) -> None:
 def test_a_server_that_does_not_answer(file: ServerFile) -> None:
     told = {**status(file), "server": "running", "problem": "1.2.3.4:5: does not answer"}
     assert list(as_text(told))[1] == "sites: unknown: 1.2.3.4:5: does not answer"
+
+
+def test_who_lacks_a_result_and_who_tells_of_a_gain(file: ServerFile) -> None:
+    begun(file, "a", State("finished", 3, 1), [])
+    sites = {
+        "x": {"kept": False, "why": "its node is away", "gain": None, "later": False},
+        "y": {"kept": True, "why": "", "gain": {"accuracy": 0.125, "loss": -0.5}, "later": False},
+        "z": {"kept": True, "why": "", "gain": None, "later": True},
+    }
+    (file.runs / "a" / "kept.json").write_text(json.dumps({"sites": sites}))
+    told = status(file)
+    assert told["runs"][0]["results"] == sites
+    assert list(as_text(told))[-3:] == [
+        "",
+        "a: x does not have the result yet: its node is away",
+        "a: against training alone y has gained accuracy +12.5 points, loss -0.5000",
+    ]

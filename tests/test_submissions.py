@@ -332,3 +332,20 @@ def test_tries_begin_anew_with_a_round() -> None:
     assert died(state, 4, "x", blamed=False) == State("waiting", 1, 0, 2, 4, "x")
     assert died(state, 6, "x", blamed=False) == State("waiting", 1, 0, 0, 6, "x")
     assert issubclass(RunError, FedPeftError)
+
+
+def test_a_server_app_that_dies_while_it_hands_the_result_out_has_finished_its_run(
+    tmp_path: Path,
+) -> None:
+    """Who is left gets it by ``deliveries.py``; before the result was written the run goes on."""
+    scene = Scene(tmp_path)
+    run = scene.submit()
+    scene.look()
+    for name, state in (("kept.json", "waiting"), ("result.json", "finished")):
+        run.out.mkdir(parents=True, exist_ok=True)
+        (run.out / name).write_text('{"sites": {}}')
+        scene.link.end(run.state.run, "failed", NO_HEARTBEAT)
+        scene.look()
+        assert run.state.state == state
+        scene.look()
+    assert len(scene.link.started) == 2

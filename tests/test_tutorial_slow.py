@@ -60,7 +60,7 @@ def test_it_works_as_it_says(tmp_path: Path) -> None:
             name = re.match(r"# (\S+\.yaml)\n", text)
             assert name, text
             (tmp_path / name[1]).write_text(text.replace(":9092", port))
-    certs, records, processes, run = (text for kind, text in BLOCKS if kind == "bash")
+    certs, records, processes, run, own = (text for kind, text in BLOCKS if kind == "bash")
     for text in (certs, records):
         done = shell(tmp_path, text)
         assert done.returncode == 0, done.stderr
@@ -77,6 +77,13 @@ def test_it_works_as_it_says(tmp_path: Path) -> None:
         assert re.search(r"^plan +finished +3 of 3 ", done.stdout, re.MULTILINE), done.stdout
         adapter = tmp_path / "server" / "runs" / "plan" / "adapter"
         assert (adapter / "adapter_model.safetensors").exists()
+
+        gained = shell(tmp_path, own)
+        assert gained.returncode == 0, gained.stderr
+        assert "| this site alone " in gained.stdout
+        (kept,) = (tmp_path / "site-a" / "results").iterdir()
+        model = "adapter/adapter_model.safetensors"
+        assert (kept / model).read_bytes() == (adapter.parent / model).read_bytes()
 
         unsigned = shell(tmp_path, "fedpeft submit plan.yaml")
         assert unsigned.returncode == 1

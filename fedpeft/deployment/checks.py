@@ -32,6 +32,8 @@ def check(file: ClientFile, warm: Path) -> Iterator[str]:
         yield from (f"data: {line}" for line in check_data(file).lines())
     yield from _check_server(file)
     yield f"limits: {describe(file.limits)}"
+    if file.limits.gain and not file.limits.metrics:
+        yield "warning: limits: gain: true says nothing beside metrics: false, which keeps all here"
     if file.owners is None:
         yield (
             "warning: owners: none are named, so whoever may submit at the server runs code on "
@@ -55,7 +57,7 @@ def describe(limits: Limits) -> str:
         told.append(f"epsilon {limits.client_epsilon:g} at delta {limits.delta:g} as a client")
     told += ["runs that promised nothing do not count"] if limits.promised_only else []
     told += [] if limits.metrics else ["no metrics leave"]
-    told += ["the gain may leave"] if limits.gain else []
+    told += ["the gain may leave"] if limits.gain and limits.metrics else []
     told += [f"methods of {', '.join(limits.modules)}"] if limits.modules else []
     told += [f"files below {', '.join(map(str, limits.files))}"] if limits.files else []
     told += ["no app but that of this fedpeft"] if limits.pinned else []

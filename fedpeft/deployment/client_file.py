@@ -24,9 +24,9 @@ class Limits:
     ``delta``, is what all runs together may spend of the site's records, ``client_epsilon`` what
     they may of all of these as one; with ``promised_only`` neither counts runs that promised
     nothing. ``metrics`` says whether anything that was measured on its records may leave, ``gain``
-    whether what it gained over training alone may. ``modules`` are those from outside fedpeft whose
-    methods plans may use, and ``files`` the folders below which they may name files. Where it is
-    ``pinned`` no app is taken but that of this machine's fedpeft.
+    whether, with it, what it gained over training alone may. ``modules`` are those from outside
+    fedpeft whose methods plans may use, and ``files`` the folders below which they may name files.
+    Where it is ``pinned`` no app is taken but that of this machine's fedpeft.
     """
 
     models: tuple[str, ...] | None = None

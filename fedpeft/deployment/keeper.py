@@ -10,6 +10,7 @@ from fedpeft.deployment.submissions import State, Submission, died, ended, submi
 from fedpeft.durable import is_held
 from fedpeft.errors import FedPeftError
 from fedpeft.flower_control import Control, Standing
+from fedpeft.handing_out import is_handed_out
 
 _KILLED = "its server app was killed"
 GRACE = 10.0
@@ -93,6 +94,8 @@ class Keeper:
         )
 
     def _note(self, run: Submission, state: State) -> None:
+        if state.state == "waiting" and is_handed_out(run.out):
+            state = replace(state, state="finished", reason="")  # deliveries.py sees to the rest
         run.state = found = state
         reason = f" ({found.reason})" if found.reason else ""
         again = ", it goes on from its last checkpoint" if found.state == "waiting" else ""

@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any
 
 from fedpeft.deployment.children import Child
+from fedpeft.deployment.deliveries import Deliveries
 from fedpeft.deployment.files import read
 from fedpeft.deployment.keeper import Keeper
 from fedpeft.deployment.roster import enrol, read_keys, read_roster, write_roster
@@ -97,6 +98,7 @@ class Server:
         self._exec = Child("SuperExec", superexec(file, env), env, logs / "superexec.log", tell)
         self._control = control_of(file)
         self._keeper = Keeper(file, self._control, tell)
+        self._deliveries = Deliveries(file, self._control, tell)
         self._ready, self._enrolled, self._kept = False, False, 0.0
         self._over = threading.Event()
 
@@ -139,6 +141,7 @@ class Server:
                 self._enrol()
             if now - self._kept > _LOOK:
                 self._keeper.look(now)
+                self._deliveries.look(now)
                 self._kept = now
         except FedPeftError as error:
             self._tell(f"warning: {error}")

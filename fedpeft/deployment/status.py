@@ -57,6 +57,8 @@ def as_text(told: dict[str, Any]) -> Iterator[str]:
     runs = [_run_cells(row) for row in told["runs"]]
     yield ""
     yield from _table(runs, {name: name for name in _RUN}) if runs else ["no runs yet"]
+    told_of = [line for row in told["runs"] for line in _of_results(row)]
+    yield from ["", *told_of] if told_of else []
 
 
 def site_rows(sites: Sequence[Site], now: float) -> list[dict[str, Any]]:
@@ -95,11 +97,13 @@ def ago(seconds: float) -> str:
 def _run_row(run: Submission) -> dict[str, Any]:
     from fedpeft.dashboard.runs import Followed
     from fedpeft.dashboard.shown import summary
+    from fedpeft.handing_out import standing
 
     state, config = run.state, run.config
     seen = Followed(run.out, run.name, run.name)
     seen.look()
     shown = summary(seen)
+    kept = {name: asdict(site) for name, site in standing(run.out).items()}
     return {
         "run": run.name,
         **{k: v for k, v in asdict(state).items() if k in ("state", "starts", "reason")},
@@ -109,7 +113,20 @@ def _run_row(run: Submission) -> dict[str, Any]:
         "up_bytes": int(seen.ledger.total("up_bytes")),
         "down_bytes": int(seen.ledger.total("down_bytes")),
         "out": str(run.out),
+        **({"results": kept} if kept else {}),
     }
+
+
+def _of_results(row: dict[str, Any]) -> Iterator[str]:
+    """Yield which sites lack the result of a run that is over, and what they tell of their gain."""
+    from fedpeft.report import difference
+
+    for site, about in row.get("results", {}).items():
+        if not about["kept"] and row["state"] == "finished":
+            yield f"{row['run']}: {site} does not have the result yet: {about['why']}"
+        elif about["gain"]:
+            told = ", ".join(difference(name, value) for name, value in about["gain"].items())
+            yield f"{row['run']}: against training alone {site} has gained {told}"
 
 
 _RUN = ("run", "state", "round", "epsilon", "MB up", "MB down", "reason")

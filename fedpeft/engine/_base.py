@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 from fedpeft.errors import TrainError
 from fedpeft.grouping import Grouping
@@ -50,6 +50,17 @@ class Engine(Protocol):
 
         It is told who they are and which of them share a pass; nothing is sent to anybody.
         """
+        ...
+
+
+@runtime_checkable
+class Handing(Protocol):
+    """What an engine has besides whose clients keep the result of a run themselves."""
+
+    def hand_out(
+        self, requests: Iterable[tuple[str, Message]]
+    ) -> Iterator[tuple[str, Metrics | Exception]]:
+        """Have each client keep what it is sent; it may tell of its gain. Nobody is waited for."""
         ...
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grpc
 
@@ -25,7 +25,7 @@ from fedpeft.flower_config import home
 from fedpeft.types import Metrics, Scalar
 
 SERVICE = "fedpeft.Trainer"
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised with every change of what frames hold."""
 LARGEST = 1 << 30
 """Bytes of a frame. gRPC takes no more than twice as many."""
@@ -61,6 +61,15 @@ class Trainer(Protocol):
 
     def evaluate(self, place: Place, client: str, packet: bytes) -> Metrics:
         """Evaluate on a client's held-out records; no metrics where it has none."""
+        ...
+
+
+@runtime_checkable
+class Keeping(Trainer, Protocol):
+    """A trainer whose clients keep the result of a run."""
+
+    def keep(self, place: Place, client: str, packet: bytes) -> Metrics:
+        """Keep it, whole or not at all; say of the gain what the client's site lets leave."""
         ...
 
 
@@ -141,6 +150,11 @@ class Warm:
     def evaluate(self, place: Place, client: str, packet: bytes) -> Metrics:
         """See :class:`Trainer`."""
         found: Metrics = self._asked("evaluate", place, client, packet)[0]["metrics"]
+        return found
+
+    def keep(self, place: Place, client: str, packet: bytes) -> Metrics:
+        """See :class:`Keeping`."""
+        found: Metrics = self._asked("keep", place, client, packet)[0]["metrics"]
         return found
 
     def state(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from fedpeft.warm.channel import (
     LIMITS,
     PROTOCOL,
     SERVICE,
+    Keeping,
     Place,
     Trainer,
     address,
@@ -60,6 +61,7 @@ class Service:
     def handler(self) -> grpc.GenericRpcHandler:
         """Return what gRPC calls."""
         does = {"hello": self._hello, "train": self._train, "evaluate": self._evaluate}
+        does["keep"] = self._keep
         found = {name: self._method(name, do) for name, do in does.items()}
         found["state"] = grpc.unary_unary_rpc_method_handler(self._state)
         return grpc.method_handlers_generic_handler(SERVICE, found)
@@ -131,6 +133,12 @@ class Service:
 
     def _evaluate(self, trainer: Trainer, header: dict[str, Any], packet: bytes) -> _Answer:
         found = trainer.evaluate(_place(header), str(header["client"]), packet)
+        return {"metrics": dict(found)}, b""
+
+    def _keep(self, trainer: Trainer, header: dict[str, Any], packet: bytes) -> _Answer:
+        if not isinstance(trainer, Keeping):
+            raise RunError("what plays this node's clients keeps no results")
+        found = trainer.keep(_place(header), str(header["client"]), packet)
         return {"metrics": dict(found)}, b""
 
 
