@@ -25,7 +25,7 @@ from flwr.common.config import get_fused_config_from_fab
 import fedpeft
 from fedpeft.deployment.signing import hash_of, verify
 from fedpeft.errors import FedPeftError, SiteError
-from fedpeft.flower import REFUSED, log
+from fedpeft.flower import REFUSED, hasten, log, unknown
 from fedpeft.flower_bundle import bundle as own_bundle
 from fedpeft.types import Scalar
 
@@ -58,18 +58,11 @@ def supernode(arguments: Sequence[str], owners: Owners, pinned: Pinned) -> NoRet
     from flwr.supernode.cli import flower_supernode
 
     guard(flower, Admission(owners, pinned))
+    hasten(flower, "pull_objects")
     sys.argv = ["flower-supernode", *arguments]
     flower_supernode()
     # Flower returns where its connection broke, and its other threads would go on for ever
     os._exit(1)
-
-
-def superexec(arguments: Sequence[str]) -> None:
-    """Be a SuperExec with the arguments of ``flower-superexec``, until it ends."""
-    from flwr.supercore.cli import flower_superexec
-
-    sys.argv = ["flower-superexec", *arguments]
-    flower_superexec()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +97,7 @@ def guard(flower: Any, admit: Callable[[Any, Any], None]) -> None:
     pull, insert = getattr(flower, _PULL, None), getattr(flower, _INSERT, None)
     parameters = inspect.signature(pull).parameters if pull else {}
     if not pull or not insert or not set(_GIVEN) <= set(parameters):
-        from flwr.supercore.version import package_version
-
-        raise SiteError(
-            f"flwr {package_version}: pulls messages otherwise than the versions that fedpeft "
-            "knows, so signatures could not be checked; install flwr 1.41"
-        )
+        raise unknown("pulls messages")  # signatures could not be checked
     setattr(flower, _PULL, _Guarded(pull, insert, admit))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import http_grid
 
 import fedpeft
 from fedpeft.deployment.roster import read_roster
@@ -18,6 +19,7 @@ from fedpeft.deployment.submissions import REFUSED
 from fedpeft.driver import drive, input_digests
 from fedpeft.durable import locked
 from fedpeft.errors import FedPeftError
+from fedpeft.flower import hasten
 from fedpeft.flower_config import check_settings, home, read_config
 from fedpeft.flower_grid import GridEngine
 from fedpeft.handing_out import hand_out, owed
@@ -50,6 +52,7 @@ def main(grid: Grid, context: Context) -> None:
 def _run(grid: Grid, context: Context) -> None:
     import torch
 
+    hasten(http_grid, "pull_objects")
     plan, settings = read_config(context.run_config)
     check_settings(plan, settings)
     torch.set_num_threads(settings.threads)

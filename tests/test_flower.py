@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import random
+import time
 import tomllib
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,17 +23,19 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.task_identity import TaskIdentity
 
 import client.app
 import server.app
 from fedpeft import hiding
 from fedpeft.driver import simulate
-from fedpeft.errors import PlanError, RunError, WireError
+from fedpeft.errors import PlanError, RunError, SiteError, WireError
 from fedpeft.export import read_tensors
 from fedpeft.federation import Federation, deal
 from fedpeft.flower import (
     Hello,
+    hasten,
     hello_record,
     metrics_record,
     packet_record,
@@ -634,3 +638,27 @@ def test_paths_become_absolute_where_they_exist(
 def test_settings_are_checked(bert: Path, settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(PlanError, match=problem):
         read_config(config_of(support_plan(bert), **settings))
+
+
+def test_objects_on_their_way_are_looked_for_again_soon() -> None:
+    """Flower itself waits for a second."""
+    flower = SimpleNamespace(pull_objects=inflatable_utils.pull_objects)
+    hasten(flower, "pull_objects")
+    hasten(flower, "pull_objects")  # once is enough
+    tries = list[float]()
+
+    def pull(object_id: str) -> bytes:
+        tries.append(time.monotonic())
+        if len(tries) < 3:
+            raise inflatable_utils.ObjectUnavailableError(object_id)
+        return object_id.encode()
+
+    assert flower.pull_objects(["x"], pull) == {"x": b"x"}
+    first, second, third = tries
+    assert 0.04 <= second - first < third - second
+
+
+@pytest.mark.parametrize("pull", [None, lambda object_ids, pull_object_fn: {}])
+def test_a_flower_that_pulls_otherwise_is_refused(pull: Any) -> None:
+    with pytest.raises(SiteError, match=r"pulls messages otherwise .* install flwr 1\.41"):
+        hasten(SimpleNamespace(pull_objects=pull), "pull_objects")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import pytest
 from fedpeft.deployment.keeper import Keeper
 from fedpeft.deployment.server_file import ServerFile
 from fedpeft.deployment.submissions import (
+    TRIES,
     State,
     Submission,
     died,
@@ -123,8 +125,9 @@ def test_one_that_died_goes_on_and_one_that_ended_for_a_reason_does_not(scene: S
 def test_rounds_count_as_progress_and_deaths_without_any_are_few(scene: Scene) -> None:
     run = scene.submit()
 
-    def die() -> None:
+    def die(pause: float = 2.0) -> None:
         scene.look()
+        scene.look(pause)
         scene.link.end(run.state.run, "failed", NO_HEARTBEAT)
         scene.look()
 
@@ -133,13 +136,38 @@ def test_rounds_count_as_progress_and_deaths_without_any_are_few(scene: Scene) -
         die()
         assert run.state.state == "waiting"
     assert run.state.starts == 10
-    die()
-    die()
+    for _ in range(TRIES - 2):
+        die(60.0)
+        assert run.state.state == "waiting"
+    die(60.0)
     assert run.state.state == "failed"
-    assert run.state.reason == f"died 3 times without a new round; the last time: {NO_HEARTBEAT}"
+    told = f"died {TRIES} times without a new round; the last time: {NO_HEARTBEAT}"
+    assert run.state.reason == told
     before = len(scene.link.started)
     scene.look()
     assert len(scene.link.started) == before
+
+
+def test_pauses_between_deaths_grow(scene: Scene) -> None:
+    run, begun = scene.submit(), list[float]()
+    while run.state.state != "failed":
+        scene.look(1.0)
+        if run.state.state == "running":
+            begun.append(scene.now)
+            scene.link.end(run.state.run, "failed", NO_HEARTBEAT)
+    pauses = [after - before for before, after in pairwise(begun)]
+    assert pauses == [2, 3, 4, 6, 10, 18, 34, 62, 62], "two looks, and the pause"
+
+
+def test_a_superlink_that_is_away_for_a_minute_costs_no_run(scene: Scene) -> None:
+    run = scene.submit()
+    scene.link.refuses = "server: does not answer"
+    for _ in range(30):
+        scene.look(2.0)
+    scene.link.refuses = ""
+    for _ in range(30):
+        scene.look(2.0)
+    assert run.state.state == "running"
 
 
 def test_a_run_that_the_superlink_forgot_is_started_again(scene: Scene) -> None:
@@ -252,8 +280,9 @@ def test_stopping(scene: Scene) -> None:
 def test_what_the_superlink_does_not_take_is_given_up(scene: Scene) -> None:
     scene.link.refuses = "no such key"
     run = scene.submit()
-    for _ in range(5):
+    for _ in range(TRIES):
         scene.look()
+        scene.look(60.0)
     assert run.state.state == "failed"
     assert run.state.reason.endswith("no such key")
 
@@ -328,7 +357,7 @@ def test_what_is_no_reason_of_ours_is_a_death(reason: str) -> None:
 def test_tries_begin_anew_with_a_round() -> None:
     state = State("running", run=1, tries=2, rounds=4)
     assert died(state, 5, "x") == State("waiting", run=1, tries=1, rounds=5, reason="x")
-    assert died(state, 4, "x").state == "failed"
+    assert died(replace(state, tries=TRIES - 1), 4, "x").state == "failed"
     assert died(state, 4, "x", blamed=False) == State("waiting", 1, 0, 2, 4, "x")
     assert died(state, 6, "x", blamed=False) == State("waiting", 1, 0, 0, 6, "x")
     assert issubclass(RunError, FedPeftError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from fedpeft.deployment.joining import pause_after
 from fedpeft.deployment.server_file import ServerFile
 from fedpeft.deployment.submissions import State, Submission, died, ended, submitted
 from fedpeft.durable import is_held
@@ -24,6 +25,7 @@ class Keeper:
         self._file, self._control, self._tell = file, control, tell
         self._told: dict[str, str] = {}
         self._mine, self._worked = set[int](), dict[int, float]()
+        self._due: dict[str, float] = {}
 
     def look(self, now: float) -> None:
         """Do what is to be done ``now``, in seconds of a clock that never goes back.
@@ -62,7 +64,10 @@ class Keeper:
             self._note(run, after)
         elif run.to_stop:
             self._note(run, replace(state, state="stopped", reason="stopped before it began"))
-        elif not is_held(run.out):  # else a process of before still writes there
+        elif is_held(run.out):  # a process of before still writes there
+            pass
+        elif now >= self._due.setdefault(run.name, now + _pause(state)):
+            del self._due[run.name]
             self._start(run, runs)
 
     def _is_dead(self, run: Submission, now: float) -> bool:
@@ -105,3 +110,8 @@ class Keeper:
         if self._told.get(name) != problem:
             self._told[name] = problem
             self._tell(f"warning: run {name}: {problem}")
+
+
+def _pause(state: State) -> float:
+    """Return for how many seconds a run is left alone that died: after its first death, none."""
+    return pause_after(state.tries - 1) if state.tries > 1 else 0.0

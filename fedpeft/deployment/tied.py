@@ -115,7 +115,7 @@ def main(arguments: Sequence[str]) -> None:
 
             serve(folder(), float(given[0]))
         elif what == "superexec":
-            from fedpeft.flower_site import superexec
+            from fedpeft.flower_executor import superexec
 
             superexec(given)
         else:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import yaml
 
+from fedpeft.deployment.submissions import find
 from fedpeft.federation import deal
 from fedpeft.plan import Plan
 from fedpeft.types import Row
@@ -157,7 +158,7 @@ class Federation:
         found = []
         for process in self._all():
             try:
-                line = " ".join(process.cmdline())
+                line = " ".join([process.name(), *process.cmdline()])
                 if not _plays(role, line):
                     continue
                 where = process.environ().get("FEDPEFT_HOME", "") + line + process.cwd()
@@ -166,6 +167,12 @@ class Federation:
             if home in where:
                 found.append(process)
         return found
+
+    def check(self, run: Path) -> None:
+        """Raise ``RuntimeError`` where the server has given a run up, with the reason."""
+        state = find(self.folder / "server", run.name).state
+        if state.over and state.state != "finished":
+            raise RuntimeError(f"the run has {state.state}: {state.reason}")
 
     def told(self, name: str) -> str:
         """Return what the command of a site, or of the ``server``, has printed."""

@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +119,25 @@ def _submit(federation: Federation) -> Path:
 
 def _lives(federation: Federation, run: Path) -> list[float]:
     """Return how long each process lived that was started for a message, in the order of births."""
-    seen: dict[int, tuple[float, float]] = {}
-    while not (run / "result.json").exists():
-        for process in federation.processes("client app"):
-            with contextlib.suppress(psutil.Error):
-                seen[process.pid] = process.create_time(), time.time()
-        time.sleep(0.05)
-    return [last - born for born, last in sorted(seen.values())]
+    seen: dict[int, Future[tuple[float, float]]] = {}
+    with ThreadPoolExecutor(64) as waiting:  # to look at all processes takes a while by itself
+        while not (run / "result.json").exists():
+            for process in federation.processes("client app"):
+                if process.pid not in seen:
+                    seen[process.pid] = waiting.submit(_life, process)
+            time.sleep(0.05)
+    lives = sorted(future.result() for future in seen.values())
+    return [ended - born for born, ended in lives if born]
+
+
+def _life(process: psutil.Process) -> tuple[float, float]:
+    """Return when a process was born and when it ended; zeros where it was gone already."""
+    try:
+        born = process.create_time()
+        process.wait()
+    except psutil.Error:
+        return 0.0, 0.0
+    return born, time.time()
 
 
 def _ledger(run: Path) -> list[dict[str, Any]]:

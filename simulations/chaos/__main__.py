@@ -114,6 +114,7 @@ def _kill_all_along(
         if time.monotonic() > until:
             raise RuntimeError(f"no end after {_LONGEST:g} s: {federation.told('server')[-3000:]}")
         federation.revive()
+        federation.check(run)
         done = _rounds(run)
         if armed and killer.fell(armed, done):
             _say(done, f"died at {armed}")

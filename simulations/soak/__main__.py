@@ -83,6 +83,7 @@ def _soak(folder: Path, rounds: int, count: int) -> dict[str, Any]:
         while not (run / "result.json").exists():
             if fallen := federation.revive():
                 raise RuntimeError(f"{fallen} ended: {federation.told(fallen[0])[-2000:]}")
+            federation.check(run)
             _read(federation, run, read)
             time.sleep(_EVERY)
         seconds = time.monotonic() - began
