@@ -63,6 +63,14 @@ class Kept:
             raise SiteError(f"{path}: damaged; {_REMEDY}")
         return found
 
+    @property
+    def name(self) -> str:
+        """What the server calls the run."""
+        try:
+            return str(self.report["name"])
+        except SiteError:
+            return "damaged"
+
     @cached_property
     def about(self) -> tuple[Adapters, Mapping[str, Any]]:
         """The adapters, and what they are of: lines of the plan, rounds, digest of the message."""
@@ -84,11 +92,11 @@ def find(home: Path, run: str) -> Kept:
     """
     all_of_them = list(kept(home))
     found = [k for k in all_of_them if len(run) >= _FEWEST and k.folder.name.startswith(run)]
-    found = found or [k for k in all_of_them if k.report["name"] == run]
+    found = found or [k for k in all_of_them if k.name == run]
     if len(found) == 1:
         return found[0]
     told = found or all_of_them
-    known = ", ".join(f"{k.report['name']} ({k.folder.name[:12]})" for k in told) or "none"
+    known = ", ".join(f"{k.name} ({k.folder.name[:12]})" for k in told) or "none"
     if found:
         raise SiteError(f"{run[:80]!r}: names several runs: {known}; say the id in brackets")
     raise SiteError(f"{run[:80]!r}: this site keeps no result of such a run; there is {known}")

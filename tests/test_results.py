@@ -20,6 +20,7 @@ from fedpeft.baselines import train
 from fedpeft.cli import app
 from fedpeft.closing import messages
 from fedpeft.driver import simulate
+from fedpeft.durable import MOMENTS
 from fedpeft.errors import FedPeftError, RunError, SiteError
 from fedpeft.export import read_tensors
 from fedpeft.federation import deal
@@ -53,6 +54,14 @@ def results_of(camp: Camp, site: str) -> Kept:
     return found
 
 
+def weights(folder: Path) -> dict[str, bytes]:
+    """Return what a folder has of weights and configuration; it must have both."""
+    paths = [*folder.glob("*.safetensors"), *folder.glob("*config.json")]
+    found = {path.name: path.read_bytes() for path in paths}
+    assert len(found) > 1
+    return found
+
+
 def sent(grid: FakeGrid, site: str = "beta") -> Message:
     """Return the last message that brought a site its result."""
     return [
@@ -79,8 +88,16 @@ def gain(camp: Camp, site: str, run: str = "out") -> Any:
         ({"adapter": "lora(r=4, ranks='2,4')", "aggregator": "hetlora"}, False),
         ({**FOLD, "personal": "tuned(steps=2)"}, True),
         ({"correction": "scaffold", "trainer": SGD}, False),
+        ({"adapter": "lora(r=4, ranks='2,4')", "personal": "ditto"}, True),
+        ({"adapter": "core(r=3)", "personal": "tuned(steps=2)"}, True),
+        ({"adapter": "full"}, False),
+        ({"adapter": "head", "personal": "tuned(steps=2)"}, True),
+        ({"adapter": "lora(r=4, train='B')", "downlink": "difference(topk(density=0.1))"}, False),
     ],
-    ids=["plain", "best", "ditto", "tuned", "head", "fedsa", "ranks", "fold", "scaffold"],
+    ids=[
+        *("plain", "best", "ditto", "tuned", "local", "fedsa", "ranks", "fold", "scaffold"),
+        *("ranks-ditto", "core", "full", "head", "difference"),
+    ],
 )
 def test_each_site_keeps_the_exported_adapter_bit_for_bit(
     camp: Camp, lines: dict[str, Any], own: bool
@@ -89,9 +106,8 @@ def test_each_site_keeps_the_exported_adapter_bit_for_bit(
     exported = camp.folder / "out" / "adapter"
     for site in SITES:
         found = results_of(camp, site)
-        for name in (MODEL, "adapter_config.json"):
-            assert (found.folder / "adapter" / name).read_bytes() == (exported / name).read_bytes()
-        assert (found.folder / "personal" / MODEL).exists() == own
+        assert weights(found.folder / "adapter") == weights(exported)
+        assert (found.folder / "personal").exists() == own
         if own:
             mine = read_tensors(found.folder / "personal")
             shared = read_tensors(exported)
@@ -381,6 +397,48 @@ def test_a_node_that_dies_while_it_keeps_the_result_keeps_all_of_it_the_next_tim
     assert [p.name for p in (home / "results").iterdir()] == [found.folder.name]
 
 
+SERVER_DIES = [f"kept.{m}:{n}" for m in MOMENTS for n in (1, 2, 3)]
+"""While it writes what it sends, who is to have it, and that the first site has it."""
+
+
+@pytest.mark.parametrize("point", SERVER_DIES)
+def test_a_server_app_that_dies_while_it_hands_out_does_so_when_it_is_started_again(
+    camp: Camp, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = camp.grid(camp.plan(evaluate="test", rounds=1))
+    play = grid.play
+    wanted, _, count = point.partition(":")
+    left, away = [int(count)], [False]
+
+    class Killed(BaseException):
+        """No handler of errors sees it."""
+
+    def dies(name: str) -> None:
+        left[0] -= name == wanted and not away[0]
+        if name == wanted and not away[0] and left[0] == 0:
+            raise Killed
+
+    def at_a_site(message: Message, place: int) -> Message:
+        away[0] = True
+        try:
+            return play(message, place)
+        finally:
+            away[0] = False
+
+    grid.play = at_a_site  # type: ignore[method-assign]
+    with monkeypatch.context() as patch:
+        patch.setattr("fedpeft.durable.fault", dies)
+        patch.setattr("fedpeft.durable.is_feared", lambda name: name == wanted)
+        with pytest.raises(Killed):
+            serve(grid)
+    out = camp.folder / "out"
+    serve(camp.grid(camp.plan(evaluate="test", rounds=1), resume=True))
+    assert owed(out) == []
+    assert [site.kept for site in standing(out).values()] == [True] * 3
+    for site in SITES:
+        assert weights(results_of(camp, site).folder / "adapter") == weights(out / "adapter")
+
+
 def test_the_gain_is_measured_against_training_alone_and_stays_at_the_site(camp: Camp) -> None:
     plan = camp.plan(personal="ditto", rounds=3)
     serve(camp.grid(plan))
@@ -483,6 +541,10 @@ def test_what_fedpeft_gain_cannot_do_it_says_in_a_line(camp: Camp) -> None:
     assert "data: holds other records than at the end of this run" in problem("out")
     own.write_text(rows)
     (found,) = (k for k in kept(camp.folder / "beta/state") if k.report["name"] == "out")
+    (other,) = (k for k in kept(camp.folder / "beta/state") if k.report["name"] == "whole")
+    (other.folder / "report.json").write_text("{")
+    assert "damaged (" in problem("nothing")
+    assert "report.json: damaged; restore it" in problem(other.folder.name)
     (found.folder / "tensors.safetensors").write_bytes(b"cut")
     assert "cut short or damaged" in problem("out")
     assert not found.report["gain"]

@@ -108,6 +108,27 @@ def test_another_version_is_told_to_install_the_same(
         Warm(where).hello(PLACE)
 
 
+class Keeper(Fake):
+    """One whose clients keep results, too."""
+
+    def keep(self, place: Place, client: str, packet: bytes) -> dict[str, float]:
+        self.asked.append((place, client))
+        return {"gain/loss": -0.25} if packet else {}
+
+
+def test_a_result_is_kept_by_a_trainer_that_keeps_any(where: Path, tmp_path: Path) -> None:
+    keeper = Keeper()
+    with serving(where, lambda: keeper):
+        assert Warm(where).keep(PLACE, "a", b"result") == {"gain/loss": -0.25}
+        assert Warm(where).keep(PLACE, "a", b"") == {}
+        assert keeper.asked == [(PLACE, "a")] * 2
+    with (
+        serving(tmp_path / "other", Fake),
+        pytest.raises(RunError, match="keeps no results"),
+    ):
+        Warm(tmp_path / "other").keep(PLACE, "a", b"result")
+
+
 def test_one_message_is_played_at_a_time(where: Path, service: Service, fake: Fake) -> None:
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(Warm(where).train, PLACE, c, b"sleep0.1") for c in "abcd"]
