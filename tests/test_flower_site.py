@@ -387,7 +387,7 @@ from pathlib import Path
 from fedpeft.flower_site import supernode
 
 known = [Path(sys.argv[1])]
-supernode(sys.argv[2:], lambda: known)
+supernode(sys.argv[2:], lambda: known, lambda: False)
 """
 
 
