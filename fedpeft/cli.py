@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ import typer
 
 from fedpeft.deployment import command as deployment
 from fedpeft.errors import FedPeftError, PlanError
+from fedpeft.options import Log, LogForm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,18 +35,6 @@ Threads = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 EngineSpec = Annotated[
     str, typer.Option("--engine", help="where clients run, such as 'inline(group=16)'")
-]
-
-
-class LogForm(StrEnum):
-    """How a command says what happens."""
-
-    text = "text"
-    json = "json"
-
-
-Log = Annotated[
-    LogForm, typer.Option(envvar="FEDPEFT_LOG", help="json: structured lines on standard error")
 ]
 
 

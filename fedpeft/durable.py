@@ -32,8 +32,10 @@ KINDS = (
     "submission",
     "asked",
     "kept",
+    "key",
 )
-"""What is written: see ``run_folder.py`` for the files of a run, ``node.py`` for a node's."""
+"""What is written: see ``run_folder.py`` for the files of a run, ``node.py`` for a node's. What is
+made once, and never overwritten, is a ``key``."""
 MOMENTS = ("begun", "half", "written", "synced", "renamed", "settled")
 """Nothing yet; half the bytes; before fsync; after it and before the rename; after the rename and
 before the folder's fsync; after that."""
@@ -73,7 +75,7 @@ def replace_file(path: Path, pieces: Iterable[bytes], kind: str, *, private: boo
         _settle(path.parent, kind)
 
 
-def create_file(path: Path, data: bytes) -> None:
+def create_file(path: Path, data: bytes, kind: str = "key") -> None:
     """Write ``path``, which its owner alone may read: all of it or, after a kill, nothing.
 
     Raises ``RunError`` where it exists, which stays as it is, or the disk does not take it.
@@ -82,12 +84,9 @@ def create_file(path: Path, data: bytes) -> None:
     try:
         make_folder(path.parent)
         temporary.unlink(missing_ok=True)
-        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(temporary, [data], kind, "xb", 0o600)
         os.link(temporary, path)
-        _sync(path.parent)
+        _settle(path.parent, kind)
     except FileExistsError:
         raise RunError(f"{path}: exists, and is not overwritten") from None
     except OSError as error:

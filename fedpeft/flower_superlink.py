@@ -1,8 +1,8 @@
-"""Flower's SuperLink behind the gate: ``python -m fedpeft.flower_superlink TOKEN ARGUMENT...``.
+"""Flower's SuperLink behind the gate: ``-m fedpeft.flower_superlink TOKEN PARENT ARGUMENT...``.
 
 It takes the arguments of ``flower-superlink``. Of Flower's inside it knows only that uvicorn serves
-it; ``fedpeft server`` asks at each start whether the gate is really there. It ends with the process
-that has started it.
+it; ``fedpeft server`` asks at each start whether the gate is really there. It ends with its parent,
+the process of that number.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ from typing import Any
 _LOOK = 0.5
 
 
-def serve(token: Path, arguments: Sequence[str]) -> None:
-    """Run the SuperLink until it ends; ``token`` is a file whose content opens what is ours."""
+def serve(token: Path, parent: int, arguments: Sequence[str]) -> None:
+    """Run the SuperLink until it, or ``parent``, ends.
+
+    ``token`` is a file whose content opens what is ours.
+    """
+    # before what takes long: a parent that has died until then would never be missed
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import uvicorn
 
     from fedpeft.deployment.files import read
@@ -35,7 +40,6 @@ def serve(token: Path, arguments: Sequence[str]) -> None:
     uvicorn.run = guarded
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     sys.argv = ["flower-superlink", *arguments]
     flower_superlink()
 
@@ -48,4 +52,4 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), sys.argv[2:])
+    serve(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

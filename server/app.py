@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from flwr.app import Context
@@ -20,7 +20,7 @@ from fedpeft.driver import drive, input_digests
 from fedpeft.durable import locked
 from fedpeft.errors import FedPeftError
 from fedpeft.flower import hasten
-from fedpeft.flower_config import check_settings, home, read_config
+from fedpeft.flower_config import Settings, check_settings, home, read_config
 from fedpeft.flower_grid import GridEngine
 from fedpeft.handing_out import hand_out, owed
 from fedpeft.logs import RunLog
@@ -50,16 +50,32 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run(grid: Grid, context: Context) -> None:
+    plan, settings = read_config(context.run_config)
+    out = Path(settings.out).expanduser() if settings.out else home() / "runs" / str(context.run_id)
+    with _noticed(out):
+        _play(grid, plan, settings, out)
+
+
+@contextlib.contextmanager
+def _noticed(out: Path) -> Iterator[None]:
+    """Hold what was submitted, if anything was, so that its server notices at once when this dies.
+
+    The run folder is opened much later: data are read before, and sites waited for.
+    """
+    submitted = out.parent.parent / "submitted" / out.name
+    with locked(submitted, "run") if submitted.is_dir() else contextlib.nullcontext():
+        yield
+
+
+def _play(grid: Grid, plan: Plan, settings: Settings, out: Path) -> None:
     import torch
 
     hasten(http_grid, "pull_objects")
-    plan, settings = read_config(context.run_config)
     check_settings(plan, settings)
     torch.set_num_threads(settings.threads)
     own = is_scattered(plan)
     checked = check(plan, gathered(plan) if own else None)
     federation, warned = checked.federation, _warn(checked.warnings)
-    out = Path(settings.out).expanduser() if settings.out else home() / "runs" / str(context.run_id)
     out = out.absolute()
     patience = {"patient": is_guarded(plan), "every": settings.every}
     engine = GridEngine(grid, settings.deadline, **patience, roster=read_roster)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import configparser
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,37 @@ def test_a_unit_starts_a_command_that_exists_and_starts_it_again(path: Path) -> 
     assert service["User"] == "fedpeft"
     assert service["UMask"] == "0077"
     assert unit["Install"]["WantedBy"] == "multi-user.target"
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_caches_are_where_a_unit_may_write(path: Path) -> None:
+    """``ProtectHome`` hides ~/.cache, ``ProtectSystem=strict`` leaves the state's folder alone."""
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string(path.read_text(encoding="utf-8"))
+    service = unit["Service"]
+    assert (service["ProtectHome"], service["ProtectSystem"]) == ("true", "strict")
+    set_there = dict(word.split("=") for word in service["Environment"].split())
+    assert set(set_there) == {"HF_HOME", "XDG_CACHE_HOME"}
+    for place in set_there.values():
+        assert Path(place).is_relative_to(f"/var/lib/{service['StateDirectory']}")
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_systemd_knows_every_line_of_a_unit(path: Path, tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("needs systemd-analyze")
+
+    def said(text: str) -> str:
+        unit = tmp_path / path.name.replace("@", "@a")
+        unit.write_text(text.replace("/opt/fedpeft/bin/fedpeft", "/bin/true"))
+        command = ["systemd-analyze", "verify", "--man=no", str(unit)]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return found.stderr if unit.name in found.stderr or found.returncode else ""
+
+    text = path.read_text(encoding="utf-8")
+    assert said(text) == ""
+    assert "NoNewPrivilege" in said(text.replace("NoNewPrivileges=", "NoNewPrivilege="))
 
 
 def test_the_compose_file_starts_commands_that_exist() -> None:

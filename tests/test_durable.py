@@ -118,8 +118,65 @@ def test_a_full_disk_is_told_and_the_old_file_kept(
 
 
 def test_the_faults_are_named() -> None:
-    assert len(FAULTS) == len(KINDS) * len(MOMENTS) == 78
+    assert len(FAULTS) == len(KINDS) * len(MOMENTS) == 84
     assert FAULTS[:2] == ("plan.begun", "plan.half")
+
+
+CREATED = """
+import json, os, sys
+from pathlib import Path
+from fedpeft.deployment.submissions import submit, submitted
+from fedpeft.durable import MOMENTS, create_file
+from fedpeft.errors import RunError
+
+root, told = Path(sys.argv[1]), []
+
+def key(at):
+    create_file(at / "made", b"n" * 9999)
+
+def run(at):
+    submit(at, "r", {"out": "x"}, b"app")
+
+def killed(write, at, fault):
+    pid = os.fork()
+    if pid == 0:
+        os.environ["FEDPEFT_FAULT"] = fault
+        write(at)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+def there(at):
+    if (at / "made").exists():
+        return (at / "made").read_bytes() == b"n" * 9999
+    return [each.config for each in submitted(at)] == [{"out": "x"}] or None
+
+for write, kind, nth in ((key, "key", 1), (run, "submission", 1), (run, "submission", 2)):
+    for moment in MOMENTS:
+        at = root / f"{write.__name__}-{moment}-{nth}"
+        at.mkdir()
+        status, left = killed(write, at, f"{kind}.{moment}:{nth}"), there(at)
+        try:
+            write(at)
+            again = "made"
+        except RunError as error:
+            again = "refused"
+        told.append([write.__name__, nth, moment, status, left, again, there(at)])
+print(json.dumps(told))
+"""
+
+
+def test_what_is_made_once_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A kill at each moment; the same again makes it, or says that it is there."""
+    asked = [sys.executable, "-c", CREATED, str(tmp_path)]
+    ran = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    told = json.loads(ran.stdout)
+    assert len(told) == 3 * len(MOMENTS)
+    for write, nth, moment, status, left, again, then in told:
+        committed = moment in ("renamed", "settled") and (write, nth) != ("run", 1)
+        assert status == 9, (write, nth, moment)
+        assert left is (True if committed else None), (write, nth, moment)
+        assert again == ("refused" if committed else "made"), (write, nth, moment)
+        assert then is True
 
 
 KILLED = """

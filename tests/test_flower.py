@@ -30,6 +30,7 @@ import client.app
 import server.app
 from fedpeft import hiding
 from fedpeft.driver import simulate
+from fedpeft.durable import is_held
 from fedpeft.errors import PlanError, RunError, SiteError, WireError
 from fedpeft.export import read_tensors
 from fedpeft.federation import Federation, deal
@@ -297,6 +298,24 @@ def test_a_node_that_hides_records_says_no_metrics_of_them(
     if privacy == "none":  # without a limit it does as ever
         grid.allowed = {}
         assert read_metrics(grid.play(message, place).content)
+
+
+def test_a_server_app_holds_what_was_submitted_before_it_meets_anybody(
+    bert: Path, tmp_path: Path
+) -> None:
+    plan, submitted = support_plan(bert, rounds=1, evaluate=""), tmp_path / "submitted" / "name"
+    submitted.mkdir(parents=True)
+    grid = FakeGrid(config_of(plan, out=str(tmp_path / "runs" / "name")), nodes=plan.clients or 0)
+    looked, nodes = list[tuple[bool, bool]](), grid.get_node_ids
+
+    def look() -> Iterable[int]:
+        looked.append((is_held(submitted), is_held(tmp_path / "runs" / "name")))
+        return nodes()
+
+    grid.get_node_ids = look  # type: ignore[method-assign]
+    serve(grid)
+    assert looked[0] == (True, False)
+    assert not is_held(submitted)
 
 
 def test_a_node_evaluates_under_a_plan_that_says_so_alone(bert: Path, tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ def test_limits_on_what_a_stranger_sends() -> None:
     assert asked(FLEET, headers=())[0] == 411
     assert asked(FLEET, headers=((b"transfer-encoding", b"chunked"),))[0] == 411
     assert asked(FLEET, headers=(LENGTH, LENGTH))[0] == 411
+    twice = (LENGTH, (b"transfer-encoding", b"chunked"))
+    for path in (FLEET, START, RUNTIME):
+        assert asked(path, headers=(*twice, BEARER))[0] == 400
     assert asked(FLEET, headers=((b"content-length", str(LARGEST).encode()),))[0] == 200
     assert asked(FLEET, headers=((b"content-length", str(LARGEST + 1).encode()),))[0] == 413
     assert asked(FLEET, headers=((b"content-length", b"9" * 5000),))[0] == 413

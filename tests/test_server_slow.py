@@ -139,6 +139,35 @@ def running(word: str, folder: Path) -> int | None:
         return None
 
 
+def test_structured_lines_of_a_server(tmp_path: Path) -> None:
+    """Each line is JSON, from the start to what stops it; without keys a warning is among them."""
+    config, port, page = tmp_path / "server.yaml", free_port(), free_port()
+    config.write_text(f"insecure: true\nlisten: 127.0.0.1:{port}\ndashboard: 127.0.0.1:{page}\n")
+    command = [sys.executable, "-m", "fedpeft", "server", str(config), "--log", "json"]
+    log = tmp_path / "log"
+    with log.open("wb") as told:
+        made = subprocess.Popen(command, env=environment(), stdout=told, stderr=told)
+    try:
+        wait_until(lambda: '"serving"' in log.read_text() or made.poll() is not None)
+        again = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        os.kill(pid_of("fedpeft.flower_superlink", tmp_path), signal.SIGKILL)
+        wait_until(lambda: log.read_text().count('"serving"') == 2)
+    finally:
+        made.terminate()
+        made.wait(60)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {"time", "level", "event", "text"} == {key for line in lines for key in line}
+    events = [(line["event"], line["level"]) for line in lines]
+    assert events == [
+        *(("check", "warning"), ("page", "info"), ("serving", "info")),
+        *(("ended", "info"), ("serving", "info")),
+    ]
+    assert again.returncode == 2
+    last = json.loads(again.stderr.splitlines()[0])
+    assert (last["event"], last["level"]) == ("stopped", "error")
+    assert "another process is writing this server's home" in last["reason"]
+
+
 def test_without_keys_on_loopback_a_warning(tmp_path: Path) -> None:
     config = tmp_path / "server.yaml"
     port = free_port()

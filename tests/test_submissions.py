@@ -216,6 +216,48 @@ def test_a_server_app_that_has_left_its_folder_is_dead(scene: Scene) -> None:
     assert run.state.run == 102
 
 
+def test_a_server_app_that_dies_before_it_opens_the_run_is_noticed(scene: Scene) -> None:
+    """It holds what was submitted from its first moments on: reading data and sites take long."""
+    run = scene.submit()
+    scene.look()
+    with open(acquire(run.folder, "run"), "rb", closefd=True):
+        for _ in range(20):
+            scene.look()
+        assert run.state.starts == 1
+    scene.look(9.0)
+    assert run.state.state == "running"
+    scene.look(2.0)
+    assert (run.state.state, run.state.reason) == ("waiting", "its server app was killed")
+    with open(acquire(run.folder, "run"), "rb", closefd=True):
+        scene.look()
+        assert run.state.state == "waiting", "one of before is still at work"
+    scene.look()
+    assert run.state.run == 102
+
+
+@pytest.mark.parametrize("line", [{"sites": 3}, {"tries": "2"}, {"state": None}, {"run": True}])
+def test_a_state_that_another_version_wrote_is_told_and_left_alone(
+    scene: Scene, line: dict[str, Any]
+) -> None:
+    run, other = scene.submit(), scene.submit("other")
+    written = json.dumps({"state": "waiting", **line})
+    (other.folder / "state.json").write_text(written)
+    for _ in range(3):
+        scene.look()
+    assert run.state.state == "running"
+    (told,) = (line for line in scene.told if line.startswith("warning"))
+    assert "is nothing that this fedpeft knows; go on with the version that wrote it" in told
+    assert (other.folder / "state.json").read_text() == written
+
+
+def test_a_submission_without_a_place_keeps_no_other_back(scene: Scene) -> None:
+    run, other = scene.submit(), scene.submit("other")
+    (other.folder / "config.json").write_text("{}")
+    scene.look()
+    assert run.state.state == "running"
+    assert "config.json: does not say where the run is kept (out)" in "\n".join(scene.told)
+
+
 def test_a_server_app_dies_with_the_server_that_started_it(scene: Scene) -> None:
     run = scene.submit()
     scene.look()
@@ -331,7 +373,7 @@ def test_names(scene: Scene) -> None:
 def test_a_kill_before_all_is_written_asks_for_nothing(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(path: Path, data: bytes) -> None:
+    def killed(path: Path, data: bytes, kind: str) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

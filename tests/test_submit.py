@@ -56,9 +56,18 @@ def test_the_whole_plan_and_how_it_is_run(file: ServerFile, plan: Path) -> None:
     assert (settings.out, settings.resume) == (str(file.runs / "my-plan"), True)
     other, _ = sent(file, plan, lines={"rounds": "7"})
     assert 16 <= len(str(run.config["run"])) != run.config["run"] != other.config["run"]
+    (note,) = sent(file, plan, lines={"wait": "9"})[1]
+    assert note.startswith(
+        "note: a client whose machine fails is left out of its round; every=true"
+    )
     assert type(run.config["wait"]) is float, "what is signed keeps its kind"
     assert read_config(sent(file, plan)[0].config)[1].wait == 3600.0
-    assert [each.name for each in submitted(file.home)] == ["my-plan", "my-plan-2", "my-plan-3"]
+    assert [each.name for each in submitted(file.home)] == [
+        "my-plan",
+        "my-plan-2",
+        "my-plan-3",
+        "my-plan-4",
+    ]
 
 
 def test_a_signature_that_sites_accept(file: ServerFile, plan: Path, tmp_path: Path) -> None:
@@ -273,7 +282,7 @@ def test_taking_up_what_has_failed(file: ServerFile, plan: Path) -> None:
 def test_following_one_that_is_over(
     file: ServerFile, plan: Path, state: State, finished: bool, line: str
 ) -> None:
-    run, told = sent(file, plan)
+    run, told = sent(file, plan, lines={"every": "true"})
     run.state = state
     assert follow(file, run, told.append) is finished
     assert told == [line]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fedpeft.errors import PlanError
+from fedpeft.options import Log, LogForm
 
 ServerPath = Annotated[Path, typer.Option("--server", help="the server's file, on its own machine")]
 RunName = Annotated[str, typer.Argument(metavar="NAME", help="of a run that was submitted")]
@@ -23,18 +24,15 @@ def add_to(app: typer.Typer) -> None:
 
 def server(
     file: Annotated[Path, typer.Argument(metavar="SERVER", help="a server.yaml")],
+    log: Log = LogForm.text,
 ) -> None:
     """Serve a federation: Flower's SuperLink behind a gate, its sites, its runs."""
     from fedpeft.deployment.server import serve
     from fedpeft.deployment.server_file import load_server
+    from fedpeft.deployment.voice import Voice
+    from fedpeft.logs import JsonLog
 
-    found = load_server(file)
-    if not found.keys:
-        _say(
-            "warning: insecure: nothing is encrypted and sites show no keys; for trying out, on "
-            "this machine"
-        )
-    serve(found, _say)
+    serve(load_server(file), Voice(JsonLog() if log is LogForm.json else None))
 
 
 def sign(

@@ -63,6 +63,8 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         path, headers = scope["path"], scope["headers"]
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+            return 400, "says twice how long it is"  # whoever reads the other would read on
         if _FLEET.fullmatch(path):
             return self._of_fleet(scope, headers)
         if not is_local(scope):

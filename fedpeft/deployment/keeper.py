@@ -35,7 +35,7 @@ class Keeper:
         waiting = list[Submission]()
         for each in submitted(self._file.home):
             try:
-                if not each.state.over:
+                if not each.state.over and each.out:
                     waiting.append(each)
             except FedPeftError as error:
                 self._once(each.name, str(error))
@@ -64,21 +64,21 @@ class Keeper:
             self._note(run, after)
         elif run.to_stop:
             self._note(run, replace(state, state="stopped", reason="stopped before it began"))
-        elif is_held(run.out):  # a process of before still writes there
+        elif _works(run):  # a process of before still writes there
             pass
         elif now >= self._due.setdefault(run.name, now + _pause(state)):
             del self._due[run.name]
             self._start(run, runs)
 
     def _is_dead(self, run: Submission, now: float) -> bool:
-        """Tell whether the server app once worked on the run folder, and has left it unfinished.
+        """Tell whether the server app once worked on the run, and has left it unfinished.
 
         One that another server has started died with it.
         """
         number = run.state.run
         if number not in self._mine:
             self._worked.setdefault(number, now)
-        if is_held(run.out) or (run.out / "result.json").exists():
+        if _works(run) or (run.out / "result.json").exists():
             self._worked[number] = now
         return now - self._worked.get(number, now) > GRACE
 
@@ -115,3 +115,8 @@ class Keeper:
 def _pause(state: State) -> float:
     """Return for how many seconds a run is left alone that died: after its first death, none."""
     return pause_after(state.tries - 1) if state.tries > 1 else 0.0
+
+
+def _works(run: Submission) -> bool:
+    """Tell whether a server app is at work: it holds the submission from its first moments on."""
+    return is_held(run.folder) or is_held(run.out)

@@ -21,7 +21,8 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -41,6 +42,7 @@ from fedpeft.deployment.server_processes import (
     wait_for_port,
 )
 from fedpeft.deployment.status import site_rows
+from fedpeft.deployment.voice import Voice
 from fedpeft.durable import acquire, create_file, make_folder, make_private_folder
 from fedpeft.errors import FedPeftError, SiteError
 from fedpeft.flower_control import Control, Site
@@ -48,26 +50,38 @@ from fedpeft.flower_control import Control, Site
 _TICK, _LOOK = 0.5, 2.0
 """Seconds between two looks at the processes; at sites and runs."""
 
-Tell = Callable[[str], None]
 
-
-def serve(file: ServerFile, tell: Tell) -> None:
+def serve(file: ServerFile, voice: Voice) -> None:
     """Serve until SIGTERM or SIGINT; SIGHUP reads the sites' keys again.
 
     Raises ``FedPeftError`` where it cannot begin.
     """
-    make_private_folder(file.home)
-    lock = acquire(file.home, "server's home")
     try:
-        with contextlib.ExitStack() as open_ones:
-            server = Server(file, tell)
-            open_ones.callback(server.stop)
-            if file.dashboard:
-                open_ones.enter_context(_page(file, server, tell))
-            with _signals(server):
-                server.run()
-    finally:
-        os.close(lock)
+        make_private_folder(file.home)
+        lock = acquire(file.home, "server's home")
+        try:
+            _serve(file, voice)
+        finally:
+            os.close(lock)
+    except FedPeftError as error:
+        voice.fail(str(error))
+        raise
+
+
+def _serve(file: ServerFile, voice: Voice) -> None:
+    if not file.keys:
+        voice.say(
+            "check",
+            "warning: insecure: nothing is encrypted and sites show no keys; for trying out, on "
+            "this machine",
+        )
+    with contextlib.ExitStack() as open_ones:
+        server = Server(file, voice)
+        open_ones.callback(server.stop)
+        if file.dashboard:
+            open_ones.enter_context(_page(file, server, voice))
+        with _signals(server):
+            server.run()
 
 
 def control_of(file: ServerFile) -> Control:
@@ -81,8 +95,8 @@ def control_of(file: ServerFile) -> Control:
 class Server:
     """The processes, the sites and the runs of one server."""
 
-    def __init__(self, file: ServerFile, tell: Tell) -> None:
-        self._file, self._tell = file, tell
+    def __init__(self, file: ServerFile, voice: Voice) -> None:
+        self._file, self._voice = file, voice
         self._sites, self._seen = list[Site](), -_LOOK
         check_name(file)
         read_keys(file.keys / "sites") if file.keys else {}
@@ -94,11 +108,13 @@ class Server:
         wait_for_port(file)
         env, logs = environment(file), file.home / "logs"
         make_private_folder(logs)
+        tell = partial(voice.say, "ended")
         self._link = Child("SuperLink", superlink(file), env, logs / "superlink.log", tell)
         self._exec = Child("SuperExec", superexec(file, env), env, logs / "superexec.log", tell)
         self._control = control_of(file)
-        self._keeper = Keeper(file, self._control, tell)
-        self._deliveries = Deliveries(file, self._control, tell)
+        about_runs = partial(voice.say, "run")
+        self._keeper = Keeper(file, self._control, about_runs)
+        self._deliveries = Deliveries(file, self._control, about_runs)
         self._ready, self._enrolled, self._kept = False, False, 0.0
         self._over = threading.Event()
 
@@ -144,7 +160,7 @@ class Server:
                 self._deliveries.look(now)
                 self._kept = now
         except FedPeftError as error:
-            self._tell(f"warning: {error}")
+            self._voice.say("problem", f"warning: {error}")
             self._ready = False
 
     def _answers(self) -> bool:
@@ -159,7 +175,8 @@ class Server:
                 "program; nothing is served"
             )
         self._ready = True
-        self._tell(f"serving at {self._file.host}:{self._file.port}, known as {self._file.local}")
+        where = f"{self._file.host}:{self._file.port}, known as {self._file.local}"
+        self._voice.say("serving", f"serving at {where}")
         return True
 
     def _enrol(self) -> None:
@@ -170,19 +187,19 @@ class Server:
                 raise SiteError(f"{self._file.keys / 'sites'}: holds no site's key any more")
         except SiteError as error:
             self._enrolled = True  # a mistake in a file is told once, not for ever
-            self._tell(f"warning: {error}; the sites stay as they are")
+            self._voice.say("site", f"warning: {error}; the sites stay as they are")
             return
         if self._file.keys:
             roster, told = enrol(self._control, keys)
             write_roster(place, roster)
             sites = f"{len(roster)} sites: {', '.join(sorted(roster.values())) or 'none'}"
             for line in [*told, sites]:
-                self._tell(line)
+                self._voice.say("site", line)
         self._enrolled = True
 
 
 @contextlib.contextmanager
-def _page(file: ServerFile, server: Server, tell: Tell) -> Iterator[None]:
+def _page(file: ServerFile, server: Server, voice: Voice) -> Iterator[None]:
     """Serve the page about runs and sites."""
     from fedpeft.dashboard.server import application, is_loopback, listen, serving
 
@@ -190,8 +207,9 @@ def _page(file: ServerFile, server: Server, tell: Tell) -> Iterator[None]:
     page = application(file.runs, name=host, sites=server.sites)
     with listen(host, port) as listening, serving(page, listening) as where:
         if not is_loopback(listening):
-            tell(f"warning: dashboard: whoever reaches {where} can read what runs tell")
-        tell(f"page at {where}")
+            reads = f"whoever reaches {where} can read what runs tell"
+            voice.say("page", f"warning: dashboard: {reads}")
+        voice.say("page", f"page at {where}")
         yield
 
 

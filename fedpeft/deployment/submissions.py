@@ -81,13 +81,19 @@ class Submission:
     @property
     def out(self) -> Path:
         """The run folder."""
-        return Path(str(self.config["out"]))
+        config = self.config
+        if not config.get("out"):
+            raise RunError(
+                f"{self.folder}/config.json: does not say where the run is kept (out); take the "
+                "folder away and submit the run again"
+            )
+        return Path(str(config["out"]))
 
     @property
     def state(self) -> State:
         """How it stands."""
         path = self.folder / "state.json"
-        return State(**_read(path)) if path.exists() else State()
+        return _state(path, _read(path)) if path.exists() else State()
 
     @state.setter
     def state(self, state: State) -> None:
@@ -112,7 +118,7 @@ class Submission:
         if (state := self.state).over:
             raise RunError(f"{self.name}: has {state.state} already")
         if not self.to_stop:
-            create_file(self.folder / "stop", b"")
+            create_file(self.folder / "stop", b"", "submission")
 
     def take_up(self, config: Mapping[str, Scalar], app: bytes) -> None:
         """Have the server go on with one that is over, with the same plan.
@@ -146,7 +152,8 @@ def submit(home: Path, name: str, config: Mapping[str, Scalar], app: bytes) -> S
     make_private_folder(found.folder)
     replace_file(found.folder / "app.fab", [app], "submission")
     text = json.dumps(dict(config), indent=1) + "\n"
-    create_file(found.folder / "config.json", text.encode())  # from here on it is asked for
+    # from here on it is asked for
+    create_file(found.folder / "config.json", text.encode(), "submission")
     return found
 
 
@@ -211,6 +218,17 @@ def ended(state: State, how: str, reason: str, rounds: int, *, blamed: bool = Tr
     if found:
         return replace(state, state="failed", reason=told)
     return died(state, rounds, reason or "no reason given", blamed=blamed)
+
+
+def _state(path: Path, lines: Mapping[str, Any]) -> State:
+    kinds = {field.name: type(field.default) for field in fields(State)}
+    for name, value in lines.items():
+        if type(value) is not kinds.get(name):
+            raise RunError(
+                f"{path}: {name}={value!r} is nothing that this fedpeft knows; go on with the "
+                "version that wrote it, or take the folder away and submit the run again"
+            )
+    return State(**lines)
 
 
 def _read(path: Path) -> dict[str, Any]:

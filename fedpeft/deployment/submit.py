@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fedpeft import turns
 from fedpeft.deployment.roster import read_roster
 from fedpeft.deployment.server import control_of
 from fedpeft.deployment.server_file import ServerFile
@@ -72,6 +73,11 @@ def send(
         config = {**run_config(found), **asdict(settings), **own}
         config |= _signed(key, config, app) if key else {}
     check_settings(found, read_config(config)[1])
+    if not config["every"] and turns.allowed(found) is None:
+        tell(
+            "note: a client whose machine fails is left out of its round; every=true waits for it, "
+            "and the result is that of a run in which nobody failed"
+        )
     for warning in _checked(file, found):
         tell(f"warning: {warning}")
     if not resume:

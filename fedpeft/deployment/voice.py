@@ -1,4 +1,4 @@
-"""What a site's processes say: lines for people, or one JSON object each (``FEDPEFT_LOG=json``)."""
+"""What server and sites say: lines for people, or one JSON object each (``FEDPEFT_LOG=json``)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _WARNING = "warning: "
 class Voice:
     """Says what happens: its own events on standard output, what children print on the other.
 
-    With ``log`` both are structured lines, events ``check``, ``joined``, ``ended``, ``left``,
-    ``stopped`` and, for each line of a child, ``printed``.
+    With ``log`` both are structured lines. A site's events are ``check``, ``joined``, ``ended`` (a
+    process did), ``left``, ``stopped`` and, for each line of a child, ``printed``. A server's are
+    ``check``, ``serving``, ``site``, ``run``, ``page``, ``ended``, ``problem`` and ``stopped``.
     """
 
     def __init__(self, log: JsonLog | None = None) -> None:
