@@ -198,6 +198,42 @@ def test_calibration_is_the_least_noise(
     assert _accountant.epsilon(sampling, 0.998 * found, 5, 1e-5) > target
 
 
+@pytest.mark.parametrize(
+    ("rate", "rounds", "target"),
+    [(0.001, 10**6, 3.0), (0.01, 1000, 1.0), (0.25, 20, 8.0), (0.01, 20, 0.2), (0.1, 30_000, 40.0)],
+)
+def test_calibration_looks_coarsely_and_is_confirmed(
+    rate: float, rounds: int, target: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fine losses cost most where steps are many; coarse ones alone promise nothing."""
+    asked, exact = list[float](), _accountant.epsilon
+
+    def counted(sampling: Sampling, noise: float, rounds: int, delta: float) -> float:
+        asked.append(noise)
+        return exact(sampling, noise, rounds, delta)
+
+    monkeypatch.setattr(_accountant, "epsilon", counted)
+    sampling = Sampling("coins", 1, rate)
+    found = _accountant.calibrated.__wrapped__(sampling, target, rounds, 1e-5)
+    assert 1 <= len(asked) <= 3
+    assert target * 0.995 < exact(sampling, found, rounds, 1e-5) <= target
+    assert exact(sampling, 0.998 * found, rounds, 1e-5) > target
+
+
+def test_coarse_losses_that_lie_lead_to_no_less_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too low or too high: what counts is confirmed by fine ones."""
+    sampling = Sampling("coins", 1, 0.1)
+    usual, honest = (
+        _accountant.calibrated.__wrapped__(sampling, 3.0, 50, 1e-5),
+        _accountant._roughly,
+    )
+    for factor in (0.5, 0.99, 1.01, 2.0):
+        monkeypatch.setattr(_accountant, "_roughly", lambda *of, f=factor: f * honest(*of))
+        found = _accountant.calibrated.__wrapped__(sampling, 3.0, 50, 1e-5)
+        assert _accountant.epsilon(sampling, found, 50, 1e-5) <= 3.0
+        assert found == pytest.approx(usual, rel=2e-3)
+
+
 @pytest.mark.parametrize("sampling", [*SAMPLINGS, replace(CAPPED, size=3), replace(COINS, size=99)])
 def test_the_expected_cohort(sampling: Sampling) -> None:
     counts = np.arange(101)

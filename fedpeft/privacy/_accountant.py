@@ -9,13 +9,13 @@ neighbours in which one client is replaced by another: the sensitivity is twice 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from fedpeft.errors import PlanError
 from fedpeft.privacy._losses import Rounds, by_library
+from fedpeft.privacy._search import least
 from fedpeft.types import Sampling
 
 _ORDERS = (*range(2, 25), *range(26, 65, 4), 80, 96, 128, 192, 256, 512, 1024)
@@ -26,10 +26,8 @@ _FINE = 4e-3
 """The step over epsilon, for one round; the roundings of many add up."""
 _HOPELESS = 1000.0
 """Above, RDP's epsilon will do: it bounds PLD's, which would take all memory."""
-_LARGEST = 2.0**30
-"""No noise multiplier is searched above."""
-_CLOSE = 1.0005
-"""How close to the least noise a search ends."""
+_COARSER = 4
+"""The step of losses by which noise is looked for, over the one by which it is confirmed."""
 LEAST_NOISE = 0.01
 """No noise multiplier is below: epsilon would be in the thousands."""
 
@@ -64,6 +62,15 @@ def epsilon(sampling: Sampling, noise_multiplier: float, rounds: int, delta: flo
     if _is_gaussian(sampling):
         return by_library(_several(sampling, noise_multiplier, rounds, step), delta)
     return _rounds(sampling, noise_multiplier, step).epsilon(rounds, delta)
+
+
+def _roughly(sampling: Sampling, noise_multiplier: float, rounds: int, delta: float) -> float:
+    """Return about the epsilon by PLD, a part in a thousand above it, in a fraction of the time."""
+    rough = renyi(_uncapped(sampling), noise_multiplier, rounds, delta) or 0.0
+    if rough > _HOPELESS:
+        return rough
+    step = _COARSER * _grid(rough, rounds)
+    return Rounds(_one_round(sampling, noise_multiplier, step), exact=False).epsilon(rounds, delta)
 
 
 def _several(sampling: Sampling, noise_multiplier: float, rounds: int, step: float) -> Any:
@@ -173,7 +180,8 @@ def _one_round_s_rdp(sampling: Sampling, noise_multiplier: float) -> tuple[Any, 
 def calibrated(sampling: Sampling, target: float, rounds: int, delta: float) -> float:
     """Return the least noise multiplier, up to four digits, whose epsilon is at most ``target``.
 
-    Raises ``PlanError`` where there is none.
+    Losses are coarse while it is looked for; what is found is confirmed by :func:`epsilon`. Raises
+    ``PlanError`` where there is none.
     """
 
     def exact(noise: float) -> float:
@@ -182,43 +190,21 @@ def calibrated(sampling: Sampling, target: float, rounds: int, delta: float) -> 
     def rough(noise: float) -> float:
         return renyi(_uncapped(sampling), noise, rounds, delta) or 0.0
 
+    def coarse(noise: float) -> float:
+        return _roughly(sampling, noise, rounds, delta)
+
     try:
-        found = _least(rough, target, 1.0)
+        found, _ = least(rough, target, 1.0, LEAST_NOISE)
         if accountant(sampling) != "RDP":
-            found = _least(exact, target, found)
+            slope = None
+            if not _is_gaussian(sampling):
+                found, slope = least(coarse, target, found, LEAST_NOISE)
+            found, _ = least(exact, target, found, LEAST_NOISE, slope)
     except OverflowError:
         raise PlanError(f"privacy: no noise gives epsilon={target:g} at delta={delta:g}") from None
     unit = 10.0 ** (math.floor(math.log10(found)) - 3)
     noise = math.ceil(found / unit) * unit
     return float(f"{noise:.6g}")
-
-
-def _least(of: Callable[[float], float], target: float, noise: float) -> float:
-    """Return the least noise, up to a part in 2,000, for which ``of`` it is at most ``target``.
-
-    Its logarithm is nearly linear in that of the noise, so few values are needed. Raises
-    ``OverflowError`` where no noise is enough.
-    """
-    low, high, slope = 0.0, math.inf, -1.0
-    last: tuple[float, float] | None = None
-    while high > low * _CLOSE:
-        found = max(of(noise), 1e-12)
-        low, high = (low, min(high, noise)) if found <= target else (max(low, noise), high)
-        if high <= LEAST_NOISE or low > _LARGEST:
-            break
-        at = math.log(noise), math.log(found / target)
-        if last and last[0] != at[0] and (at[1] - last[1]) / (at[0] - last[0]) < -0.05:
-            slope = (at[1] - last[1]) / (at[0] - last[0])
-        last, wanted = at, math.exp(at[0] - at[1] / slope)
-        noise = wanted * (1 + (_CLOSE - 1) / 4)
-        if abs(noise / high - 1) < (_CLOSE - 1) / 2:
-            noise = high / (1 + (_CLOSE - 1) * 0.9)
-        if not low < noise < high:
-            noise = math.sqrt(low * high) if 0 < low < high < math.inf else noise
-            noise = max(LEAST_NOISE, noise)
-    if low > _LARGEST:
-        raise OverflowError
-    return max(high, LEAST_NOISE)
 
 
 def _uncapped(sampling: Sampling) -> Sampling:
