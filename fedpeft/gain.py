@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fedpeft.deployment.client_file import ClientFile
-from fedpeft.errors import SiteError
+from fedpeft.errors import RunError, SiteError
+from fedpeft.report import table
 from fedpeft.results import Kept, find
 
 Tell = Callable[[str], None]
@@ -30,7 +31,15 @@ def gain(file: ClientFile, run: str, tell: Tell) -> Kept:
             "the plan's holdout says how many are"
         )
     rows, compared = _compared(file, found, tell)
-    found.add(rows, compared)
+    try:
+        found.add(rows, compared)
+    except RunError as error:
+        for line in table({"rows": rows}):
+            tell(line)
+        reason = getattr(error.__cause__, "strerror", None) or error
+        raise SiteError(
+            f"{found.folder}: the report cannot be written ({reason}); what came of it is above"
+        ) from error
     return Kept(found.folder)
 
 

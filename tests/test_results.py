@@ -323,13 +323,14 @@ def test_a_site_whose_time_is_over_keeps_the_adapter_and_says_what_is_missing(
     assert sorted(results_of(camp, "beta").report["rows"]) == ["alone", "base", "federated"]
 
 
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_full_disk_leaves_nothing_half_and_the_site_is_asked_again(
     camp: Camp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedpeft.adapters.lora import Lora
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     grid = camp.grid(camp.plan())
     play, whole = grid.play, Lora.export
@@ -519,7 +520,9 @@ def test_no_gain_leaves_where_a_promise_was_made(camp: Camp, lines: dict[str, An
     assert not standing(camp.folder / "out")["beta"].later
 
 
-def test_what_fedpeft_gain_cannot_do_it_says_in_a_line(camp: Camp) -> None:
+def test_what_fedpeft_gain_cannot_do_it_says_in_a_line(
+    camp: Camp, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serve(camp.grid(camp.plan()))
     serve(camp.grid(camp.plan(holdout=0, evaluate="test"), out=str(camp.folder / "whole")))
 
@@ -535,6 +538,10 @@ def test_what_fedpeft_gain_cannot_do_it_says_in_a_line(camp: Camp) -> None:
         "no records were held out"
         in (find(camp.folder / "beta/state", "whole").folder / "README.md").read_text()
     )
+    with monkeypatch.context() as patch:
+        patch.setattr("fedpeft.durable.os.replace", full)
+        assert "cannot be written (No space left on device); what came" in problem("out")
+    assert not find(camp.folder / "beta/state", "out").report["gain"]
     own = camp.folder / "beta/own.jsonl"
     rows = own.read_text()
     own.write_text("".join(rows.splitlines(keepends=True)[:-1]))
