@@ -329,9 +329,9 @@ def certs(
     ] = "",
 ) -> None:
     """Make an authority, a server's certificate, sites' and owners' keys; overwrite nothing."""
+    from fedpeft.addresses import split_address
     from fedpeft.deployment.certificates import make
     from fedpeft.deployment.handshake import probe as shake
-    from fedpeft.deployment.names import split_address
 
     if probe and (server or sites or owner):
         raise PlanError("--probe: makes nothing; leave out --server, --sites and --owner")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import uuid
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fedpeft.addresses import free_port
 from fedpeft.deployment import certificates
 from fedpeft.deployment.server import control_of
 from fedpeft.deployment.server_file import ServerFile, load_server
@@ -36,12 +36,6 @@ def environment(**own: str) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         **own,
     }
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
 
 
 class Deployment:

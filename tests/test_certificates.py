@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from fedpeft import cli, durable
+from fedpeft.addresses import split_address
 from fedpeft.deployment import certificates, files, handshake
-from fedpeft.deployment.names import check_hosts, split_address
+from fedpeft.deployment.names import check_hosts
 from fedpeft.errors import FedPeftError, RunError, SiteError
 
 Run = Callable[..., tuple[int, str, str]]

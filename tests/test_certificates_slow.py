@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,14 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fedpeft.addresses import free_port
 from fedpeft.deployment import certificates, handshake
 from fedpeft.errors import SiteError
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
 
 
 def eventually(is_so: Callable[[], bool], seconds: float = 120.0) -> bool:

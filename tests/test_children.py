@@ -53,7 +53,7 @@ def test_what_dies_again_and_again_waits_longer(tmp_path: Path, told: list[str])
         wait_until(lambda: dies.pid is None)
         dies.look(now)
         before = now
-        while not dies._due <= now:
+        while not dies._restarts.due <= now:
             now += 0.5
         waits.append(now - before)
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]

@@ -18,7 +18,8 @@ from fedpeft import cli
 from fedpeft.deployment import certificates, client
 from fedpeft.deployment.checks import check, describe
 from fedpeft.deployment.client_file import ClientFile, Limits, load_client
-from fedpeft.deployment.joining import STILL_ONLINE, Heard, Presence, judge, pause_after
+from fedpeft.deployment.joining import STILL_ONLINE, Heard, Presence, judge
+from fedpeft.deployment.restarts import pause_after
 from fedpeft.deployment.signing import make_owner
 from fedpeft.deployment.tied import Tied
 from fedpeft.deployment.voice import Voice

@@ -31,13 +31,14 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 
 from fedpeft import Plan
+from fedpeft.addresses import free_port
 from fedpeft.deployment import certificates, handshake
 from fedpeft.deployment.signing import hash_of, make_owner, sign
 from fedpeft.driver import simulate
 from fedpeft.errors import SiteError
 from fedpeft.flower_config import run_config
 from fedpeft.warm.channel import Warm
-from tests.test_certificates_slow import free_port, process
+from tests.test_certificates_slow import process
 from tests.test_sites import SITES, Camp
 from tests.tiny import support_plan, tiny_bert
 from tests.waiting import HANGS, wait_until

@@ -35,12 +35,13 @@ from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate import NodeStateFactory
 
 from fedpeft import flower_site
+from fedpeft.addresses import free_port
 from fedpeft.deployment.here import owners
 from fedpeft.deployment.signing import hash_of, make_owner, sign
 from fedpeft.errors import SiteError
 from fedpeft.flower import REFUSED
 from fedpeft.flower_site import Admission, guard
-from tests.test_certificates_slow import eventually, free_port, process
+from tests.test_certificates_slow import eventually, process
 
 ROOT = Path(__file__).parents[1]
 

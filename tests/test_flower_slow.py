@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from fedpeft import Plan
+from fedpeft.addresses import free_port
 from fedpeft.driver import simulate
 from fedpeft.federation import deal
 from fedpeft.flower_config import as_toml
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
     """An environment of its own; the SuperLink that ``flwr run`` leaves behind is stopped."""
-    ports = [_free_port(), _free_port()]
+    ports = [free_port(), free_port()]
     env = os.environ | {
         "FLWR_HOME": str(tmp_path / "flwr"),
         "FEDPEFT_HOME": str(tmp_path / "home"),
@@ -120,12 +120,6 @@ def flwr_run(plan: Plan, tmp_path: Path, flower: dict[str, str]) -> Path:
     (run,) = (tmp_path / "home" / "runs").iterdir()
     assert f"adapter: {run / 'adapter'}" in said
     return run
-
-
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
 
 
 def _pids(port: int) -> list[int]:

@@ -17,9 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
+from fedpeft.addresses import free_port
 from fedpeft.deployment import handshake
 from fedpeft.errors import SiteError
-from tests.deployed import Deployment, environment, free_port, other_machine, pid_of
+from tests.deployed import Deployment, environment, other_machine, pid_of
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow

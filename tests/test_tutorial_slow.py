@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployed import ROOT, environment, free_port
+from fedpeft.addresses import free_port
+from tests.deployed import ROOT, environment
 from tests.waiting import HANGS, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import typer
 
-from fedpeft.dashboard.server import address, application, is_loopback, listen, serve
+from fedpeft.addresses import is_loopback
+from fedpeft.dashboard.server import address, application, listen, serve
 from fedpeft.logs import JsonLog
 
 _OPEN = (
@@ -21,7 +22,7 @@ def watch(folder: Path, *, host: str, port: int, metrics: bool, log: str) -> Non
     told = JsonLog() if log == "json" else None
     app = application(folder, name=host, metrics=metrics, tell=told.write if told else None)
     with listen(host, port) as listening:
-        where, local = address(listening), is_loopback(listening)
+        where, local = address(listening), is_loopback(listening.getsockname()[0])
         if told:
             if not local:
                 told.write("warning", level="warning", reason=f"--host {host}: {_OPEN}")

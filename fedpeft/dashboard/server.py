@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import json
 import socket
 import threading
@@ -137,11 +136,6 @@ def address(listening: socket.socket) -> str:
     """Return what to open in a browser."""
     host, port = listening.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-
-
-def is_loopback(listening: socket.socket) -> bool:
-    """Tell whether only this machine reaches it."""
-    return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
 
 
 def _answer(content: dict[str, Any], known: str) -> Response:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedpeft.addresses import split_address
 from fedpeft.deployment.client_file import ClientFile, Limits
 from fedpeft.deployment.files import load_certificate, read
 from fedpeft.deployment.handshake import Unreachable, probe
-from fedpeft.deployment.names import split_address
 from fedpeft.deployment.signing import owner_of
 from fedpeft.warm.channel import address
 

@@ -7,12 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from fedpeft.deployment.restarts import Restarts, how_ended
 from fedpeft.durable import make_folder, move
 
-_FIRST, _LAST = 1.0, 60.0
-"""Seconds before a process is started again: after its first death, after many."""
-_STEADY = 60.0
-"""Seconds after which a process that lives has overcome its earlier deaths."""
 _LONG = 20 << 20
 """Bytes of a log after which the next start begins another; one older is kept."""
 
@@ -34,7 +31,7 @@ class Child:
         self.name, self._command, self._env, self._log = name, list(command), dict(env), log
         self._tell = tell
         self._process: subprocess.Popen[bytes] | None = None
-        self._deaths, self._begun, self._due = 0, 0.0, 0.0
+        self._restarts, self._begun = Restarts(), 0.0
 
     @property
     def pid(self) -> int | None:
@@ -51,7 +48,7 @@ class Child:
             return False
         if self._process:
             self._bury(self._process.returncode, now)
-        if now < self._due:
+        if now < self._restarts.due:
             return False
         self._start(now)
         return True
@@ -76,10 +73,8 @@ class Child:
 
     def _bury(self, status: int, now: float) -> None:
         self._process = None
-        self._deaths = 1 if now - self._begun > _STEADY else self._deaths + 1
-        wait = min(_LAST, _FIRST * 2.0 ** (self._deaths - 1))
-        self._due = now + wait
-        how = f"was killed (signal {-status})" if status < 0 else f"ended (status {status})"
+        self._restarts.note_end(self._begun, now)
+        wait, how = self._restarts.wait(now), how_ended(status)
         last = _last_line(self._log)
         self._tell(f"{self.name} {how}; it is started again in {wait:g} s; {self._log}: {last}")
 

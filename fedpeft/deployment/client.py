@@ -16,18 +16,18 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 
+from fedpeft.addresses import free_port
 from fedpeft.deployment.client_file import ClientFile
 from fedpeft.deployment.here import CLIENT
-from fedpeft.deployment.joining import STEADY, Heard, Presence, judge, pause_after
+from fedpeft.deployment.joining import Heard, Presence, judge
+from fedpeft.deployment.restarts import Restarts, how_ended
+from fedpeft.deployment.signals import handled
 from fedpeft.deployment.tied import Tied
 from fedpeft.deployment.voice import Voice
 from fedpeft.durable import acquire, make_folder, make_private_folder, remove_folder, replace_file
@@ -50,7 +50,7 @@ def serve(file: ClientFile, voice: Voice) -> None:
     lock = acquire(file.home, "home: a client runs here already")
     try:
         over = threading.Event()
-        with _signals(over):
+        with handled(dict.fromkeys((signal.SIGTERM, signal.SIGINT), over.set)):
             env = environment(file)
             look(file, voice)
             client = Client(file, env, voice)
@@ -108,8 +108,7 @@ class Client:
         self._node: Tied | None = None
         self._exec: Tied | None = None
         self._ready, self._port = False, 0
-        self._ends = {"warm trainer": 0, "SuperNode": 0, "SuperExec": 0}
-        self._due = {"warm trainer": 0.0, "SuperNode": 0.0, "SuperExec": 0.0}
+        self._restarts = {n: Restarts() for n in ("warm trainer", "SuperNode", "SuperExec")}
         self._secret = file.home / "flwr" / "superexec.secret"
         self._begun = time.monotonic()
         make_folder(file.home / "flwr")
@@ -133,17 +132,17 @@ class Client:
     def _see_to_warm(self, now: float) -> None:
         name = "warm trainer"
         if self._warm and (status := self._warm.status()) is not None:
-            self._restart_later(name, self._warm, now, _how(status))
+            self._restart_later(name, self._warm, now, how_ended(status))
             self._warm = None
-        if self._warm is None and now >= self._due[name]:
+        if self._warm is None and now >= self._restarts[name].due:
             command = [sys.executable, "-m", "fedpeft.deployment.tied", "warm"]
             self._warm = self._started([*command, str(self._file.idle)], self._hear_warm)
 
     def _see_to_node(self, now: float) -> None:
         if self._node and (status := self._node.status()) is not None:
             self._bury_node(status, self._node, now)
-        if self._node is None and now >= self._due["SuperNode"]:
-            self._heard, self._joined, self._port = Heard(), False, _free_port()
+        if self._node is None and now >= self._restarts["SuperNode"].due:
+            self._heard, self._joined, self._port = Heard(), False, free_port()
             remove_folder(self._file.home / "flwr" / "apps")  # only what this one has checked
             self._node = self._started(self._supernode(), self._hear_node)
         if self._heard.node is not None and not self._joined:
@@ -157,10 +156,10 @@ class Client:
 
     def _bury_node(self, status: int, node: Tied, now: float) -> None:
         self._node = None
-        name = "SuperNode"
-        self._ends[name] = 1 if now - node.begun > STEADY else self._ends[name] + 1
-        verdict = judge(status, self._heard, self._presence, self._ends[name], self._file.site)
-        self._due[name] = now + verdict.pause
+        restarts = self._restarts["SuperNode"]
+        ends = restarts.note_end(node.begun, now)
+        verdict = judge(status, self._heard, self._presence, ends, self._file.site)
+        restarts.wait(now, verdict.pause)
         again = f"it is tried again in {verdict.pause:g} s"
         self._voice.say("ended", f"{verdict.text}; {again}", level="warning")
 
@@ -169,9 +168,9 @@ class Client:
         name = "SuperExec"
         if self._exec and (status := self._exec.status()) is not None:
             if self._node:
-                self._restart_later(name, self._exec, now, _how(status))
+                self._restart_later(name, self._exec, now, how_ended(status))
             self._exec = None
-        if self._node and self._joined and self._exec is None and now >= self._due[name]:
+        if self._node and self._joined and self._exec is None and now >= self._restarts[name].due:
             command = [sys.executable, "-m", "fedpeft.deployment.tied", "superexec", "--insecure"]
             command += ["--runtime-api-address", f"127.0.0.1:{self._port}"]
             command += ["--superexec-auth-secret-file", str(self._secret)]
@@ -179,9 +178,8 @@ class Client:
             self._exec = self._started(command, self._hear_exec)
 
     def _restart_later(self, name: str, child: Tied, now: float, how: str) -> None:
-        self._ends[name] = 1 if now - child.begun > STEADY else self._ends[name] + 1
-        pause = pause_after(self._ends[name])
-        self._due[name] = now + pause
+        self._restarts[name].note_end(child.begun, now)
+        pause = self._restarts[name].wait(now)
         self._voice.say("ended", f"the {name} {how}; it is started again in {pause:g} s", "warning")
 
     def _supernode(self) -> list[str]:
@@ -209,29 +207,3 @@ class Client:
 
     def _hear_exec(self, line: str) -> None:
         self._voice.pass_on("superexec", line)
-
-
-def _how(status: int) -> str:
-    return f"was killed (signal {-status})" if status < 0 else f"ended (status {status})"
-
-
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
-
-
-@contextmanager
-def _signals(over: threading.Event) -> Iterator[None]:
-    """Have SIGTERM and SIGINT set ``over``."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        over.set()
-
-    wanted = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, end) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

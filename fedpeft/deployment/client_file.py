@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedpeft.addresses import is_loopback, split_address
 from fedpeft.data import _files
 from fedpeft.data._site_names import RULE, is_site
-from fedpeft.deployment.names import is_loopback, split_address
 from fedpeft.deployment.settings import Reader
 from fedpeft.errors import FedPeftError, SiteError
 from fedpeft.spec import build, names, nearest

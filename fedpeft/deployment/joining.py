@@ -7,15 +7,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedpeft.deployment.restarts import how_ended, pause_after
 from fedpeft.durable import replace_file
 from fedpeft.errors import SiteError
 
 STILL_ONLINE = 75.0
 """Seconds after which Flower 1.41 takes a SuperNode that was killed to be gone, and some more."""
-FIRST, LAST = 1.0, 60.0
-"""Seconds before a process is started again: after its first end, after many."""
-STEADY = 60.0
-"""Seconds after which a process that lives has overcome its earlier ends."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _ID = re.compile(r"SuperNode ID: (\d+)")
 _EXIT, _CODE = re.compile(r"Exit Code: (\d+)"), re.compile(r"\[code: (\d+)\]")
@@ -96,11 +93,6 @@ class Presence:
         return self._path.exists()
 
 
-def pause_after(ends: int) -> float:
-    """Return how many seconds to wait after so many ends in a row."""
-    return min(LAST, FIRST * 2.0 ** (ends - 1))
-
-
 def judge(status: int, heard: Heard, presence: Presence, ends: int, site: str) -> Verdict:
     """Tell what the end of a SuperNode means that nobody asked for, the ``ends``-th in a row.
 
@@ -121,7 +113,7 @@ def judge(status: int, heard: Heard, presence: Presence, ends: int, site: str) -
             max(pause, 5.0),
         )
     if status < 0:
-        return Verdict(f"the SuperNode was killed (signal {-status})", pause)
+        return Verdict(f"the SuperNode {how_ended(status)}", pause)
     if heard.node is not None:
         presence.leave()  # it said goodbye, if only because the server had it do so
         why = "the server does not take its signature any more (its key was taken back, or clocks"

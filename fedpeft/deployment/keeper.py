@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from fedpeft.deployment.joining import pause_after
+from fedpeft.deployment.restarts import pause_after
 from fedpeft.deployment.server_file import ServerFile
 from fedpeft.deployment.submissions import State, Submission, died, ended, submitted
 from fedpeft.durable import is_held

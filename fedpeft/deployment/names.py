@@ -44,20 +44,3 @@ def check_owner(owner: str) -> None:
 def _check_name(option: str, whose: str, name: str) -> None:
     if not is_site(name):
         raise SiteError(f"{option} {name[:80]!r} is no name of {whose}; {RULE}")
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Return host and port. Raises ``SiteError`` for anything but ``host:port``."""
-    host, _, port = address.rpartition(":")
-    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise SiteError(f"{address[:80]!r} is no address; write HOST:PORT or [IPV6]:PORT")
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether a host is this machine and nobody else's way to it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

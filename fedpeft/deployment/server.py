@@ -23,9 +23,9 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
-from types import FrameType
 from typing import Any
 
+from fedpeft.addresses import is_loopback
 from fedpeft.deployment.children import Child
 from fedpeft.deployment.deliveries import Deliveries
 from fedpeft.deployment.files import read
@@ -41,6 +41,7 @@ from fedpeft.deployment.server_processes import (
     superlink,
     wait_for_port,
 )
+from fedpeft.deployment.signals import handled
 from fedpeft.deployment.status import site_rows
 from fedpeft.deployment.voice import Voice
 from fedpeft.durable import acquire, create_file, make_folder, make_private_folder
@@ -80,7 +81,8 @@ def _serve(file: ServerFile, voice: Voice) -> None:
         open_ones.callback(server.stop)
         if file.dashboard:
             open_ones.enter_context(_page(file, server, voice))
-        with _signals(server):
+        wanted = dict.fromkeys((signal.SIGTERM, signal.SIGINT), server.end)
+        with handled({**wanted, signal.SIGHUP: server.enrol_again}):
             server.run()
 
 
@@ -201,32 +203,13 @@ class Server:
 @contextlib.contextmanager
 def _page(file: ServerFile, server: Server, voice: Voice) -> Iterator[None]:
     """Serve the page about runs and sites."""
-    from fedpeft.dashboard.server import application, is_loopback, listen, serving
+    from fedpeft.dashboard.server import application, listen, serving
 
     host, port = file.dashboard or ("127.0.0.1", 0)
     page = application(file.runs, name=host, sites=server.sites)
     with listen(host, port) as listening, serving(page, listening) as where:
-        if not is_loopback(listening):
+        if not is_loopback(host):
             reads = f"whoever reaches {where} can read what runs tell"
             voice.say("page", f"warning: dashboard: {reads}")
         voice.say("page", f"page at {where}")
         yield
-
-
-@contextlib.contextmanager
-def _signals(server: Server) -> Iterator[None]:
-    """Have signals end the server, or read its sites again."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        server.end()
-
-    def again(number: int, frame: FrameType | None) -> None:
-        server.enrol_again()
-
-    wanted = {signal.SIGTERM: end, signal.SIGINT: end, signal.SIGHUP: again}
-    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

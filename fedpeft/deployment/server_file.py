@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpeft.deployment.names import split_address
+from fedpeft.addresses import is_loopback, split_address
 from fedpeft.deployment.settings import Reader
 from fedpeft.errors import PlanError, SiteError
 from fedpeft.plan import read_lines
@@ -87,14 +86,6 @@ def load_server(path: Path) -> ServerFile:
         dashboard=dashboard,
         threads=threads or 1,
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _below(base: Path, text: str) -> Path:

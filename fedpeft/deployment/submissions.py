@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fedpeft.data._site_names import RULE, is_site
 from fedpeft.durable import create_file, make_private_folder, replace_file
 from fedpeft.errors import RunError, SiteError
 from fedpeft.flower_config import Settings
@@ -35,7 +36,6 @@ REFUSED = "error: "
 _CHANGING = {field.name for field in fields(Settings)}
 """Lines on which no result depends; the run folder's own check guards the others once more."""
 _ON_PURPOSE = f"exception: {REFUSED}"
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _OVER = ("finished", "failed", "stopped")
 
 
@@ -160,7 +160,7 @@ def submit(home: Path, name: str, config: Mapping[str, Scalar], app: bytes) -> S
 def find(home: Path, name: str) -> Submission:
     """Return the submission of a name. Raises ``SiteError`` where there is none."""
     found = home / "submitted" / name
-    if not _NAME.fullmatch(name) or not (found / "config.json").exists():
+    if not is_site(name) or not (found / "config.json").exists():
         known = ", ".join(each.name for each in submitted(home)) or "none"
         raise SiteError(f"{name[:80]!r}: no run of this name was submitted; there is {known}")
     return Submission(found)
@@ -179,11 +179,8 @@ def is_taken(home: Path, name: str) -> bool:
 
 def check_name(name: str) -> None:
     """Raise ``SiteError`` for a name that could be no folder's on some machine."""
-    if not _NAME.fullmatch(name):
-        raise SiteError(
-            f"--name {name[:80]!r}: write small letters, digits, - and _, beginning with a letter "
-            "or digit"
-        )
+    if not is_site(name):
+        raise SiteError(f"--name {name[:80]!r}: {RULE}")
 
 
 def free_name(home: Path, wanted: str) -> str:

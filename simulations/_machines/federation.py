@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 import yaml
 
+from fedpeft.addresses import free_port
 from fedpeft.deployment.submissions import find
 from fedpeft.federation import deal
 from fedpeft.plan import Plan
@@ -65,7 +65,7 @@ class Federation:
         self._env = {**_environment(), **(env or {})}
         self._elsewhere = elsewhere or {}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._stock, self.port = stock, _free_port()
+        self._stock, self.port = stock, free_port()
         self.relay = Relay(self.port)
         self.certs, hosts = folder / "certs", [host for _, host in self._elsewhere.values()]
         self.fedpeft(
@@ -217,7 +217,7 @@ class Federation:
             env |= {"FEDPEFT_CLIENT": str(self.folder / name / "client.yaml")}
             command = [str(Path(sys.executable).with_name("flower-supernode"))]
             command += ["--superlink", self._server_of(name)]
-            command += ["--root-certificates", str(keys / "ca.crt"), "--port", str(_free_port())]
+            command += ["--root-certificates", str(keys / "ca.crt"), "--port", str(free_port())]
             command += ["--auth-supernode-private-key", str(keys / "site.key")]
             command += ["--node-config", "partition-id=0 num-partitions=1"]
         before, _ = self._elsewhere.get(name, ((), ""))
@@ -276,9 +276,3 @@ def _environment() -> dict[str, Any]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])

@@ -6,13 +6,13 @@ import json
 import os
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpeft.addresses import free_port
 from simulations.benchmarks import _processes
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +113,7 @@ def _flower(
     bin = Path(sys.executable).parent
     command = [str(bin / "flwr"), "run", str(app), "--stream"]
     command += ["--federation-config", resources, "--run-config", config]
-    ports = [_free_port(), _free_port()]
+    ports = [free_port(), free_port()]
     env = os.environ | {
         "FLWR_HOME": str(own / "home"),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(ports[0]),
@@ -142,9 +142,3 @@ def _answer(own: Path, ran: _processes.Ran) -> tuple[dict[str, Any], _processes.
         words = (own / "log").read_text(encoding="utf-8", errors="replace")[-3000:]
         raise RuntimeError(f"{own.name} ended without a result:\n{words}")
     return json.loads(path.read_text(encoding="utf-8")), ran
-
-
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
