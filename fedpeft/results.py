@@ -36,7 +36,7 @@ from fedpeft.memory import NEVER, Memory
 from fedpeft.plan import Plan
 from fedpeft.report import Adapters, as_text, measured
 from fedpeft.tensor_file import read_tensor_file, write_tensor_file
-from fedpeft.tensors import prefixed, select
+from fedpeft.tensors import is_finite, prefixed, select
 from fedpeft.types import Tensors
 
 if TYPE_CHECKING:
@@ -176,7 +176,8 @@ def personal(
     """Return the whole adapter that is a client's own at the end of a run; empty without any.
 
     It is what the client would evaluate as its own: what it keeps of it, or what it makes of the
-    result. Raises ``FedPeftError`` where its memory is lost, or none of its replies was used.
+    result. Raises ``FedPeftError`` where its memory is lost, none of its replies was used, or
+    training was not finite.
     """
     from fedpeft.client_rounds import ALONE, Received
     from fedpeft.local_models import for_evaluation
@@ -196,6 +197,8 @@ def personal(
     # the round of the last evaluation: what is made for it is made again, to the same bits
     got = Received({}, result.rounds, ack, tensors, {}, {}, own, {}, {}, {})
     found = for_evaluation(plan, site, [client], [got], ALONE) or [tensors]
+    if not is_finite(found[0]):
+        raise TrainError("none: its training diverged")
     return padded(found, site.tables.shapes)[0]
 
 

@@ -116,10 +116,10 @@ def test_what_has_not_finished_is_left_alone(scene: Scene, state: str) -> None:
 def test_no_second_server_app_is_started_beside_one_that_works(scene: Scene) -> None:
     run = scene.run(a=False)
     scene.online = {"a"}
-    lock = acquire(run.out, "run")
-    assert scene.look() == 0
-
-    os.close(lock)
+    for folder in (run.out, run.folder):
+        lock = acquire(folder, "run")
+        assert scene.look() == 0
+        os.close(lock)
     scene.made.look(scene.now + 10.0)  # whose run has not ended
     scene.again()
     scene.made.look(scene.now + 20.0)

@@ -299,6 +299,15 @@ def test_a_site_that_took_no_part_keeps_the_shared_adapter_alone(camp: Camp) -> 
     assert (found.folder / "adapter" / MODEL).exists()
 
 
+def test_a_personal_adapter_that_diverged_is_none(camp: Camp) -> None:
+    """The shared one is as good as ever."""
+    serve(camp.grid(camp.plan(personal="tuned(steps=4, lr=1e30)", evaluate="clients")))
+    for site in SITES:
+        found = results_of(camp, site)
+        assert found.report["missing"] == {"personal": "none: its training diverged"}
+        assert [*found.report["rows"]] == ["base", "federated"]
+
+
 def test_a_site_whose_time_is_over_keeps_the_adapter_and_says_what_is_missing(
     camp: Camp, monkeypatch: pytest.MonkeyPatch
 ) -> None:

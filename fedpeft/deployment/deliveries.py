@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from fedpeft.deployment.keeper import works
 from fedpeft.deployment.server_file import ServerFile
 from fedpeft.deployment.submissions import Submission, submitted
-from fedpeft.durable import is_held
 from fedpeft.errors import FedPeftError
 from fedpeft.flower_control import Control
 from fedpeft.handing_out import owed
@@ -77,7 +77,7 @@ class Deliveries:
         if there - after.there:
             after.due, after.pause = now, _FIRST
         after.there = there
-        if not there or now < after.due or is_held(run.out):
+        if not there or now < after.due or works(run):
             return False
         after.due, after.pause = now + after.pause, min(2 * after.pause, _LONGEST)
         return True

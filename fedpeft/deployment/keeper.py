@@ -64,7 +64,7 @@ class Keeper:
             self._note(run, after)
         elif run.to_stop:
             self._note(run, replace(state, state="stopped", reason="stopped before it began"))
-        elif _works(run):  # a process of before still writes there
+        elif works(run):  # a process of before still writes there
             pass
         elif now >= self._due.setdefault(run.name, now + _pause(state)):
             del self._due[run.name]
@@ -78,7 +78,7 @@ class Keeper:
         number = run.state.run
         if number not in self._mine:
             self._worked.setdefault(number, now)
-        if _works(run) or (run.out / "result.json").exists():
+        if works(run) or (run.out / "result.json").exists():
             self._worked[number] = now
         return now - self._worked.get(number, now) > GRACE
 
@@ -117,6 +117,6 @@ def _pause(state: State) -> float:
     return pause_after(state.tries - 1) if state.tries > 1 else 0.0
 
 
-def _works(run: Submission) -> bool:
+def works(run: Submission) -> bool:
     """Tell whether a server app is at work: it holds the submission from its first moments on."""
     return is_held(run.folder) or is_held(run.out)

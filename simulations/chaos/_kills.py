@@ -17,7 +17,7 @@ from simulations._machines.federation import ROLES, Federation
 ALL_ALONG = {"checkpoint": MOMENTS, "ledger": MOMENTS, "memory": MOMENTS, "reply": MOMENTS[:3]}
 """Kinds of files that are written in every round, at the server and at the sites, and when somebody
 can die over them: a kept reply does not wait for the disk."""
-AT_THE_END = ("adapter", "result")
+AT_THE_END = ("adapter", "kept", "result")
 POINTS = (*SENDING, *(f"{kind}.{at}" for kind, moments in ALL_ALONG.items() for at in moments))
 LAST_POINTS = tuple(f"{kind}.{moment}" for kind in AT_THE_END for moment in MOMENTS)
 _GLIMPSE = 30.0
