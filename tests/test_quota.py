@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,55 @@ def test_a_line_that_a_power_cut_has_torn_counts_and_harms_no_other(tmp_path: Pa
     taken(tmp_path, b"two")
     with pytest.raises(RunError, match="has had 2"):
         taken(tmp_path, b"one")
+
+
+KILLED = """
+import os, sys
+import subprocess
+import sys
+from pathlib import Path
+from fedpeft.deployment.quota import Quota
+from fedpeft.durable import MOMENTS
+from fedpeft.errors import RunError
+
+def take(folder, packet, most=2):
+    Quota(folder, "a", "train", most).take(packet)
+
+for moment in MOMENTS:
+    folder = Path(sys.argv[1]) / moment
+    folder.mkdir()
+    take(folder, b"one")
+    pid = os.fork()
+    if pid == 0:
+        os.environ["FEDPEFT_FAULT"] = f"asked.{moment}"
+        take(folder, b"two")
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 9, moment
+    try:
+        take(folder, b"two")  # the server asks again
+        told = "again"
+    except RunError:
+        told = "lost"
+    take(folder, b"one")
+    try:
+        take(folder, b"three", 3)
+        told += " three"
+    except RunError:
+        pass
+    print(moment, told)
+"""
+
+
+def test_a_kill_at_any_moment_costs_at_most_one_message(tmp_path: Path) -> None:
+    """One that was noted half counts for itself: it is better lost than forgotten."""
+    ran = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = dict(line.split(" ", 1) for line in ran.stdout.splitlines())
+    assert told.pop("half") == "lost three"
+    assert set(told.values()) == {"again three"}
+    assert len(told) == 5
