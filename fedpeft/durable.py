@@ -33,6 +33,7 @@ KINDS = (
     "asked",
     "kept",
     "key",
+    "noise",
 )
 """What is written: see ``run_folder.py`` for the files of a run, ``node.py`` for a node's. What is
 made once, and never overwritten, is a ``key``."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import fedpeft
-from fedpeft import results
+from fedpeft import calibrations, results
 from fedpeft.client_rounds import Asked, client_round
 from fedpeft.deployment.client_file import ClientFile, Limits
 from fedpeft.deployment.here import check_signed, this_site
@@ -148,7 +148,8 @@ class Node:
         _check_newest(client, packet, memory)
         purse, measures, run = _purse(place, dealt), dealt.limits.metrics, dealt.run_of(packet)
         dealt.count(run, client, "train", packet)
-        with self._timed(dealt) as site:
+        noise = calibrations.kept(dealt.home / "noise.json", log.warning)
+        with self._timed(dealt) as site, noise:
             told = client, packet, memory, purse
             reply, after = client_round(dealt.plan, site, *told, measures=measures)
         if after is not memory:

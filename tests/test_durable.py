@@ -118,7 +118,7 @@ def test_a_full_disk_is_told_and_the_old_file_kept(
 
 
 def test_the_faults_are_named() -> None:
-    assert len(FAULTS) == len(KINDS) * len(MOMENTS) == 84
+    assert len(FAULTS) == len(KINDS) * len(MOMENTS) == 90
     assert FAULTS[:2] == ("plan.begun", "plan.half")
 
 

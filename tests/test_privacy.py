@@ -206,6 +206,7 @@ def test_calibration_looks_coarsely_and_is_confirmed(
     rate: float, rounds: int, target: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fine losses cost most where steps are many; coarse ones alone promise nothing."""
+    monkeypatch.setattr(_accountant, "KNOWN", {})
     asked, exact = list[float](), _accountant.epsilon
 
     def counted(sampling: Sampling, noise: float, rounds: int, delta: float) -> float:
@@ -228,6 +229,7 @@ def test_coarse_losses_that_lie_lead_to_no_less_noise(monkeypatch: pytest.Monkey
         _accountant._roughly,
     )
     for factor in (0.5, 0.99, 1.01, 2.0):
+        monkeypatch.setattr(_accountant, "KNOWN", {})
         monkeypatch.setattr(_accountant, "_roughly", lambda *of, f=factor: f * honest(*of))
         found = _accountant.calibrated.__wrapped__(sampling, 3.0, 50, 1e-5)
         assert _accountant.epsilon(sampling, found, 50, 1e-5) <= 3.0

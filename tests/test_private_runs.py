@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import math
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -14,15 +16,19 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from fedpeft import Plan, simulate
+from fedpeft import Plan, simulate, spending
 from fedpeft.checkpoint import load_checkpoint
 from fedpeft.durable import MOMENTS
 from fedpeft.errors import PlanError, RunError
+from fedpeft.federation import deal
+from fedpeft.ledger import InProcessLedgers
 from fedpeft.one_round import one_round
 from fedpeft.post import Simulated
 from fedpeft.preflight import check
 from fedpeft.preview import as_text, preview
 from fedpeft.releases import Coins, chooser, drawn
+from fedpeft.site import Site
+from fedpeft.spending import Purse
 from fedpeft.types import Privacy
 from fedpeft.watching import Quiet
 from tests.killing import Runs
@@ -409,6 +415,46 @@ def test_masking_can_refuse_codes_that_do_not_add_up(bert: Path, uplink: str) ->
     for good in ("raw", "sketch"):
         fits = replace(support_plan(bert, uplink=good), privacy=Masking())
         assert fits.lines()["uplink"].startswith(good)
+
+
+@dataclass(frozen=True)
+class Claims(Privacy):
+    """Says that it hides clients or records, and has nothing that does."""
+
+    records: bool = False
+
+    @property
+    def bound(self) -> float:
+        return math.inf if self.records else 1.0
+
+    @property
+    def secret(self) -> bool:
+        return True
+
+    @property
+    def hides(self) -> bool:
+        return self.records
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (False, "bounds updates, and has no mechanism that noises their sum"),
+        (True, r"says that it hides records, and not by what steps \(stepping\)"),
+    ],
+)
+def test_a_promise_that_nothing_keeps_is_no_plan_and_trains_nobody(
+    bert: Path, records: bool, message: str
+) -> None:
+    """Neither checked nor charged: no round of it counts as nothing."""
+    plan = replace(support_plan(bert, weighting=EVEN, evaluate="test", holdout=0))
+    plan = replace(plan, privacy=Claims(records))
+    with pytest.raises(PlanError, match=message):
+        check(plan)
+    with contextlib.closing(Site(plan, deal(plan))) as site:
+        purse = Purse(InProcessLedgers(), is_apart=True)
+        with pytest.raises(PlanError, match=message):
+            spending.key_of(plan, site, "client-000", ("run", 0), [], purse)
 
 
 # --- the plan's preview -------------------------------------------------------------------------

@@ -31,7 +31,7 @@ FAST = (
 )
 TIMES = {"plan": 3, "memory": 9, "checkpoint": 3, "ledger": 3, "compare": 3}
 """How often each kind is written by the plan in ``killing.LINES``; other kinds once."""
-ELSEWHERE = ("spending", "reply", "roster", "submission", "asked", "kept", "key")
+ELSEWHERE = ("spending", "reply", "roster", "submission", "asked", "kept", "key", "noise")
 """Kinds of files that nodes and servers write, not simulations of that plan."""
 
 

@@ -2,7 +2,7 @@
 
 ::
 
-    warm/, clients/, replies/, ledgers/   the warm trainer's, as those of any node
+    warm/, clients/, replies/, ledgers/, noise.json   the warm trainer's, as those of any node
     flwr/                                 the SuperNode's own files; apps that were unpacked
     online                                there while the server may take the site to be online
 

@@ -26,6 +26,10 @@ _FINE = 4e-3
 """The step over epsilon, for one round; the roundings of many add up."""
 _HOPELESS = 1000.0
 """Above, RDP's epsilon will do: it bounds PLD's, which would take all memory."""
+_NEAR = 0.99
+"""How near to the target epsilon is at the least noise with four digits."""
+KNOWN: dict[str, float] = {}
+"""Noise that was calibrated here or in other processes, by what for (``calibrations.py``)."""
 _COARSER = 4
 """The step of losses by which noise is looked for, over the one by which it is confirmed."""
 LEAST_NOISE = 0.01
@@ -180,9 +184,27 @@ def _one_round_s_rdp(sampling: Sampling, noise_multiplier: float) -> tuple[Any, 
 def calibrated(sampling: Sampling, target: float, rounds: int, delta: float) -> float:
     """Return the least noise multiplier, up to four digits, whose epsilon is at most ``target``.
 
-    Losses are coarse while it is looked for; what is found is confirmed by :func:`epsilon`. Raises
-    ``PlanError`` where there is none.
+    Losses are coarse while it is looked for; what is found is confirmed by :func:`epsilon`, and so
+    is what was ``KNOWN`` before. Raises ``PlanError`` where there is none.
     """
+    of = f"{sampling} {target} {rounds} {delta}"
+    known = KNOWN.get(of)
+    if known is not None and _fits(known, sampling, target, rounds, delta):
+        return known
+    KNOWN[of] = found = _calibrated(sampling, target, rounds, delta)
+    return found
+
+
+def _fits(noise: Any, sampling: Sampling, target: float, rounds: int, delta: float) -> bool:
+    """Tell, by one evaluation, whether this may be the noise that calibration would find."""
+    if type(noise) is not float or not LEAST_NOISE <= noise < math.inf:
+        return False
+    found = epsilon(sampling, noise, rounds, delta)
+    return found <= target and (found > _NEAR * target or noise == LEAST_NOISE)
+
+
+def _calibrated(sampling: Sampling, target: float, rounds: int, delta: float) -> float:
+    """Return the least noise multiplier. Raises ``PlanError`` where there is none."""
 
     def exact(noise: float) -> float:
         return epsilon(sampling, noise, rounds, delta)
