@@ -131,31 +131,23 @@ def plan(
 
 
 @app.command()
-def grid(
-    grid: Annotated[Path, typer.Argument(metavar="GRID", help="a grid file (YAML)")],
-    out: Annotated[Path | None, typer.Option(help="folder of runs [default: runs/<grid>]")] = None,
+@app.command("grid", hidden=True)
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="a sweep file (YAML)")],
+    out: Annotated[Path | None, typer.Option(help="folder of runs [default: runs/<sweep>]")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes, each with a run at a time")] = 1,
+    check: Annotated[bool, typer.Option("--check", help="only say what would be run")] = False,
     engine: EngineSpec = "inline",
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
-    """Run every combination of a grid that is not finished yet, and write OUT/grid.csv."""
-    from fedpeft.grid import read_grid, run_grid
+    """Run every combination of a sweep that is not finished yet, and write OUT/sweep.csv."""
+    from fedpeft.sweep import command
 
-    cells, folder = read_grid(grid), out or Path("runs") / grid.stem
-    place = _engine(engine, threads)
-    _prepare(device, threads)
-    from fedpeft.driver import plan_digest, simulate
-    from fedpeft.terminal import show_cell
-
-    outcomes = run_grid(
-        cells,
-        folder,
-        lambda plan, path: simulate(plan, out=path, resume=True, device=device, engine=place).table,
-        plan_digest,
-        lambda i, outcome: show_cell(i, len(cells), outcome),
-    )
-    typer.echo(f"{folder / 'grid.csv'}")
-    if any(outcome.status == "failed" for outcome in outcomes):
+    place = command.Place(engine, _engine(engine, threads), device, threads, workers)
+    if not check:
+        _prepare(device, threads)
+    if not command.sweep(file, out or Path("runs") / file.stem, place, check=check):
         raise typer.Exit(1)
 
 

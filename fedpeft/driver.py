@@ -51,7 +51,19 @@ class Result:
 
 def input_digests(plan: Plan, federation: Federation) -> tuple[str, ...]:
     """Return digests of the data, the model and the warm start: inputs that the lines only name."""
-    found = [federation.splits.fingerprint, fingerprint(plan.model)]
+    return _inputs(plan, federation.splits.fingerprint)
+
+
+def plan_digest(plan: Plan, data: str | None = None) -> str:
+    """Return the content address of a run: its plan, data and model.
+
+    ``data`` is the fingerprint of its data, which are loaded where it is not given.
+    """
+    return plan.digest(*_inputs(plan, deal(plan).splits.fingerprint if data is None else data))
+
+
+def _inputs(plan: Plan, data: str) -> tuple[str, ...]:
+    found = [data, fingerprint(plan.model)]
     if plan.warm_start is not None:
         from fedpeft.export import folder_digest
 
@@ -61,11 +73,6 @@ def input_digests(plan: Plan, federation: Federation) -> tuple[str, ...]:
     if recorded := plan.availability.fingerprint():
         found.append(recorded)
     return tuple(found)
-
-
-def plan_digest(plan: Plan) -> str:
-    """Return the content address of a run: its plan, data and model."""
-    return plan.digest(*input_digests(plan, deal(plan)))
 
 
 def simulate(

@@ -22,7 +22,6 @@ from rich.progress import (
 from rich.table import Table
 
 from fedpeft.driver import Result
-from fedpeft.grid import Outcome
 from fedpeft.logs import RunLog
 from fedpeft.plan import Plan
 from fedpeft.watching import Line
@@ -97,11 +96,11 @@ class RunScreen:
         """Move the rounds' bar, or print a line."""
         self.round_done = line["round"] + 1
         self._pace.seen = max(self._pace.seen, int(line.get("seen", 0)))
-        note = "  ".join(filter(None, [_note(line), self._pace.text(whole=True)]))
+        told = "  ".join(filter(None, [note(line), self._pace.text(whole=True)]))
         self._pace = _Pace()
         if self._rounds is not None:
             self._progress.update(self._rounds, advance=1)
-        self._console.print(f"round {self.round_done}  {note}", highlight=False)
+        self._console.print(f"round {self.round_done}  {told}", highlight=False)
         for client, reason in line.get("refused", {}).items():
             self._console.print(f"refused {client}: {reason}", style="yellow")
 
@@ -197,16 +196,6 @@ def _show_place(console: Console, result: Result) -> None:
         console.print(f"adapter: {result.folder / 'adapter'}", highlight=False)
 
 
-def show_cell(index: int, total: int, outcome: Outcome) -> None:
-    """Print one line per run of a grid."""
-    values = ", ".join(f"{k}={v}" for k, v in outcome.cell.values.items())
-    score = _note(outcome.table.get("last", {})) if outcome.table else outcome.problem
-    style = {"failed": "red", "kept": "dim"}.get(outcome.status, "")
-    Console(soft_wrap=True, markup=False).print(
-        f"{index + 1}/{total} {outcome.status:6} {values}: {score}", style=style, highlight=False
-    )
-
-
 def _held_out(last: Mapping[str, float], where: str) -> str:
     found = {k.removeprefix(where): v for k, v in last.items() if k.startswith(where)}
     shown = [name for name in ("accuracy", "loss") if name in found]
@@ -218,7 +207,8 @@ def _server_metrics(last: Mapping[str, float]) -> dict[str, float]:
     return {k.removeprefix("test/"): v for k, v in last.items() if k.startswith("test/")}
 
 
-def _note(line: Mapping[str, Any]) -> str:
+def note(line: Mapping[str, Any]) -> str:
+    """Return a round's loss and main metrics in a line."""
     places = ("test", "clients", "personal")
     names = ["loss", *(f"{place}/{n}" for place in places for n in ("accuracy", "loss"))]
     shown = [f"{n} {line[n]:.4f}" for n in names if n in line]

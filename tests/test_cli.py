@@ -184,7 +184,7 @@ def test_a_changed_plan_is_not_resumed(fedpeft: Run, plan: Path, tmp_path: Path)
         ("ray(num_cpus=2, threads=1)", 1),
     ],
 )
-@pytest.mark.parametrize("command", ["run", "grid"])
+@pytest.mark.parametrize("command", ["run", "sweep"])
 def test_threads_are_those_of_each_worker_unless_the_engine_says_otherwise(
     fedpeft: Run,
     plan: Path,
@@ -202,8 +202,8 @@ def test_threads_are_those_of_each_worker_unless_the_engine_says_otherwise(
 
     monkeypatch.setattr("fedpeft.driver.simulate", simulate)
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
-    if command == "grid":
-        plan = tmp_path / "grid.yaml"
+    if command == "sweep":
+        plan = tmp_path / "sweep.yaml"
         plan.write_text("plan: plan.yaml\naxes:\n  uplink: [raw]\n")
     out = ("--out", tmp_path / "run")
     fedpeft(command, plan, *out, "--engine", engine, "--threads", "3")
@@ -240,14 +240,16 @@ def test_eval_takes_fewer_records_where_they_do_not_fit(
     assert (code, "error: evaluation: one record does not fit into memory" in err) == (2, True)
 
 
-def test_grid_writes_a_csv(fedpeft: Run, plan: Path, tmp_path: Path) -> None:
-    grid = tmp_path / "grid.yaml"
-    grid.write_text("plan: plan.yaml\naxes:\n  uplink: [raw, hlf]\n")
-    code, text, _ = fedpeft("grid", grid, "--out", tmp_path / "runs")
+@pytest.mark.parametrize("name", ["sweep", "grid"])
+def test_sweep_writes_a_csv(name: str, fedpeft: Run, plan: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("plan: plan.yaml\naxes:\n  uplink: [raw, hlf]\n")
+    code, text, _ = fedpeft(name, sweep, "--out", tmp_path / "runs")
     assert code == 1  # one of the two failed
-    assert "1/2 done" in text
+    assert "2 runs, 0 finished, 1 to be made, 1 refused" in text
+    assert "2/2 done" in text
     assert "did you mean 'half'" in text
-    assert (tmp_path / "runs" / "grid.csv").read_text().count("\n") == 3
+    assert (tmp_path / "runs" / "sweep.csv").read_text().count("\n") == 3
 
 
 def test_parts_lists_methods(fedpeft: Run) -> None:

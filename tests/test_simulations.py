@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from fedpeft import Plan, simulate
-from fedpeft.grid import read_grid
 from fedpeft.preview import preview
+from fedpeft.sweep.sweep_file import read_sweep
 from tests.waiting import HANGS
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def test_plans_pass_the_preflight(path: Path, shared: Callable[[str], Path]) -> 
 
 
 def test_the_grid_is_eight_plans() -> None:
-    cells = read_grid(ROOT / "simulations" / "grid.yaml")
+    cells = read_sweep(ROOT / "simulations" / "grid.yaml")
     assert len(cells) == 8
     assert not [cell.problem for cell in cells if cell.plan is None]
 

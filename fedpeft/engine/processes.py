@@ -147,7 +147,7 @@ class _Crew:
             daemon=True,
             name=f"fedpeft-worker-{number}",
         )
-        with closing(theirs), _undisturbed():
+        with closing(theirs), undisturbed():
             process.start()
         self._pipes[number], self._processes[number] = ours, process
         self._bodies.pop(number, None)
@@ -206,7 +206,7 @@ def _tell(pipe: Connection, frame: Frame) -> None:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Have processes that start meanwhile see no Ctrl-C, and wait for each other but briefly."""
     before = os.environ.get("GOMP_SPINCOUNT")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -1,0 +1,93 @@
+"""What a person sees of a sweep: its progress and its running runs, live, and a line for each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedpeft.sweep.outcomes import Outcome
+from fedpeft.sweep.sweep_file import Cell
+from fedpeft.terminal import note
+
+_STYLES = {"failed": "red", "kept": "dim"}
+
+
+class SweepScreen:
+    """Shows a sweep of ``cells``. Use it as a context manager.
+
+    On a terminal its lower part is a table of what is running; elsewhere there are lines alone.
+    """
+
+    def __init__(self, cells: list[Cell], console: Console | None = None) -> None:
+        self._console = console or Console(soft_wrap=True, markup=False, highlight=False)
+        self._cells = cells
+        self._running: dict[int, tuple[int, int, float]] = {}
+        self._counts = {"done": 0, "kept": 0, "failed": 0}
+        self._spent, self._began = 0.0, time.monotonic()
+        self._live = Live(get_renderable=self._shown, console=self._console, refresh_per_second=4,
+                          transient=True, auto_refresh=self._console.is_terminal)  # fmt: skip
+
+    def __enter__(self) -> SweepScreen:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def say(self, lines: Iterable[str]) -> None:
+        """Print lines above the table."""
+        for line in lines:
+            self._console.print(line)
+
+    def rounds(self, number: int, done: int, total: int) -> None:
+        """Note that a run has so many of its rounds done."""
+        began = self._running.get(number, (0, 0, time.monotonic()))[2]
+        self._running[number] = done, total, began
+
+    def outcome(self, number: int, outcome: Outcome) -> None:
+        """Print what became of a cell."""
+        self._running.pop(number, None)
+        self._counts[outcome.status] += 1
+        score = note(outcome.table.get("last", {})) if outcome.table else outcome.problem
+        values = told(outcome.cell.values)
+        self._console.print(
+            f"{sum(self._counts.values())}/{len(self._cells)} {outcome.status:6} {values}: {score}",
+            style=_STYLES.get(outcome.status, ""),
+        )
+
+    def _shown(self) -> Group:
+        ended, total = sum(self._counts.values()), len(self._cells)
+        made = self._counts["done"]
+        seconds = time.monotonic() - self._began
+        left = f", about {_long(seconds / made * (total - ended))} left" if made else ""
+        parts = [f"{count} {name}" for name, count in self._counts.items() if count]
+        parts.append(f"{total - ended} to go{left}")
+        table = Table(box=None, padding=(0, 1), show_header=False)
+        for number, (done, rounds, began) in sorted(self._running.items()):
+            table.add_row(
+                told(self._cells[number].values),
+                ProgressBar(total=rounds, completed=done, width=20),
+                f"round {done}/{rounds}",
+                _long(time.monotonic() - began),
+            )
+        return Group(ProgressBar(total=total, completed=ended), Text(", ".join(parts)), table)
+
+
+def told(values: Mapping[str, Any]) -> str:
+    """Return the values of a cell in a line."""
+    return ", ".join(f"{k}={v}" for k, v in values.items())
+
+
+def _long(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
