@@ -14,6 +14,8 @@ from fedpeft.flower_control import Control, Standing
 from fedpeft.handing_out import is_handed_out
 
 _KILLED = "its server app was killed"
+_LONGEST = 15.0
+"""Seconds at most between a death of the server app and its next start."""
 GRACE = 10.0
 """Seconds that a server app which has let go of its run folder has to say how it ended."""
 
@@ -114,7 +116,7 @@ class Keeper:
 
 def _pause(state: State) -> float:
     """Return for how many seconds a run is left alone that died: after its first death, none."""
-    return pause_after(state.tries - 1) if state.tries > 1 else 0.0
+    return min(_LONGEST, pause_after(state.tries - 1)) if state.tries > 1 else 0.0
 
 
 def works(run: Submission) -> bool:

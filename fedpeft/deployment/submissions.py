@@ -28,9 +28,9 @@ from fedpeft.flower_config import Settings
 from fedpeft.json_lines import mapping
 from fedpeft.types import Scalar
 
-TRIES = 10
-"""How often a run is started in vain: without a new checkpoint since the last time. With growing
-pauses between them, these are some minutes."""
+TRIES = 20
+"""How often a run is started in vain: without a new round since the last time. With growing pauses
+between them, these are some minutes."""
 REFUSED = "error: "
 """Begins the reason of a server app that ended on purpose."""
 _CHANGING = {field.name for field in fields(Settings)}
