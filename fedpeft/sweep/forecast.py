@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedpeft.errors import FedPeftError, RunError
-from fedpeft.json_lines import mapping
+from fedpeft.errors import FedPeftError
+from fedpeft.sweep.running import finished
 from fedpeft.sweep.sweep_file import Cell
 
 
@@ -93,12 +93,14 @@ def _line(
 ) -> Line:
     values = {k: v for k, v in group[0].values.items() if k != "seed"}
     try:
-        tables = [_finished(folder_of(cell)) for cell in group if cell.plan is not None]
+        tables = [finished(cell.plan, folder_of(cell)) for cell in group if cell.plan is not None]
         done = [float(table["seconds"]) for table in tables if table]
         seconds = statistics.median(done) if done else None
         first = group[0].plan
         if first is None:
             return Line(values, len(group), len(done), problem=group[0].problem)
+        if len(done) == len(group):
+            return Line(values, len(group), len(done), seconds=seconds)
         told = preview(first)
     except FedPeftError as error:
         return Line(values, len(group), 0, problem=str(error).splitlines()[0])
@@ -106,17 +108,6 @@ def _line(
     levels = {"users": "privacy", "records": "hiding"}
     epsilon = {whom: told[part]["epsilon"] for whom, part in levels.items() if told[part]}
     return Line(values, len(group), len(done), int(total), epsilon, "", seconds)
-
-
-def _finished(folder: Path) -> Mapping[str, Any]:
-    """Return a run's final table; nothing where it has not finished."""
-    path = folder / "result.json"
-    if not path.exists():
-        return {}
-    found = mapping(path.read_bytes())
-    if found is None or "seconds" not in found:
-        raise RunError(f"{path}: is no final table of this version; take {folder} away")
-    return found
 
 
 def _timed(line: Line, usual: float) -> Line:

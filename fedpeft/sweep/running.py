@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedpeft.durable import locked, replace_file
-from fedpeft.errors import FedPeftError
+from fedpeft.errors import FedPeftError, RunError
+from fedpeft.json_lines import mapping
 from fedpeft.plan import Plan
 from fedpeft.sweep.outcomes import Outcome, as_csv
 from fedpeft.sweep.sweep_file import Cell
@@ -94,29 +95,39 @@ def run_sweep(
 
     with locked(out, "sweep"):
         jobs = list[Job]()
-        kept = set[int]()
         for number, cell in enumerate(cells):
             try:
-                jobs.append(_job(number, cell, out, digest))
+                job = _job(number, cell, out, digest)
+                table = finished(cell.plan, Path(job.out))
             except FedPeftError as error:
                 note(number, Outcome(cell, "failed", "", {}, str(error)))
                 continue
-            if (Path(jobs[-1].out) / "result.json").exists():
-                kept.add(number)
+            if table:
+                note(number, Outcome(cell, "kept", Path(job.out).name, table))
+            else:
+                jobs.append(job)
         for job, ended in players.play(jobs):
-            status = "kept" if job.number in kept else "done"
-            note(
-                job.number,
-                Outcome(
-                    cells[job.number],
-                    "failed" if ended.problem else status,
-                    Path(job.out).name,
-                    ended.table,
-                    ended.problem,
-                    ended.seconds,
-                ),
-            )
+            cell, name = cells[job.number], Path(job.out).name
+            status = "failed" if ended.problem else "done"
+            told = Outcome(cell, status, name, ended.table, ended.problem, ended.seconds)
+            note(job.number, told)
     return [found[number] for number in sorted(found)]
+
+
+def finished(plan: Plan | None, folder: Path) -> Mapping[str, Any]:
+    """Return the final table of a run that has nothing left to do; empty where it has.
+
+    Raises ``RunError`` for a table that this version did not write.
+    """
+    path = folder / "result.json"
+    if plan is None or not path.exists():
+        return {}
+    found = mapping(path.read_bytes())
+    if found is None or not {"last", "seconds"} <= found.keys():
+        raise RunError(f"{path}: is no final table of this version; take {folder} away")
+    compared = folder / "compare.json"
+    done = mapping(compared.read_bytes()) if compared.exists() else {}
+    return found if {*plan.comparisons} <= {*(done or {})} else {}
 
 
 def _job(number: int, cell: Cell, out: Path, digest: Callable[[Plan], str]) -> Job:
