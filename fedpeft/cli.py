@@ -151,6 +151,20 @@ def sweep(
         raise typer.Exit(1)
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="runs, or folders of runs")],
+) -> None:
+    """Show runs side by side: what their plans differ in, and what came of them."""
+    from fedpeft import compare as comparing
+    from fedpeft.past_run import read_runs
+
+    columns = comparing.columns(read_runs(runs))
+    from fedpeft.terminal import show_columns
+
+    show_columns([column.name for column in columns], dict(comparing.table(columns)))
+
+
 @app.command("eval")
 def evaluate(
     folder: Exported,

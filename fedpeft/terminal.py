@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,6 +194,17 @@ def show_result(console: Console, result: Result) -> None:
 def _show_place(console: Console, result: Result) -> None:
     if result.folder is not None:
         console.print(f"adapter: {result.folder / 'adapter'}", highlight=False)
+
+
+def show_columns(names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+    """Print runs as columns; on a narrow terminal what is long is wrapped."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row, values in rows.items():
+        table.add_row(row, *values)
+    Console(markup=False, highlight=False).print(table)
 
 
 def _held_out(last: Mapping[str, float], where: str) -> str:

@@ -8,17 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import yaml
 
-from fedpeft.driver import simulate
-from fedpeft.export import read_tensors
-from fedpeft.plan import Plan
-from simulations._machines.federation import Federation, dealt, pooled
-from simulations.chaos.__main__ import LINES
+from simulations._machines.federation import Federation
+from simulations._machines.plans import CORRECTED, is_as_simulated, write_plan
 from tests.deployed import other_machine
 from tests.waiting import wait_until
 
@@ -52,30 +46,18 @@ def _ended(folder: Path, *, troubled: bool) -> Iterator[tuple[Path, list[list[st
 
     Its adapter must be that of a simulation in the end.
     """
-    names = ["north", "south"]
-    lines: dict[str, Any] = {**LINES, "rounds": 6, "eval_every": 6}
-    given = {"data": "embedded(name='support')", "partition": "iid", "clients": 2}
-    rows = dict(zip(names, dealt(Plan.from_lines({**lines, **given})).values(), strict=True))
-    (folder / "plan.yaml").write_text(
-        yaml.safe_dump({**lines, "data": "sites(names='north,south')"})
-    )
+    rows = write_plan(folder / "plan.yaml", CORRECTED, sites=2, rounds=6)
     with ExitStack() as machines:
         words = [machines.enter_context(other_machine(*pair)) for pair in ADDRESSES]
         for each in words if troubled else []:
             bad = ["tc", "qdisc", "add", "dev", _link(each), "root", "netem", "delay", "60ms"]
             subprocess.run([*each, *bad, "20ms", "loss", "2%"], check=True)
-        elsewhere = {n: (w, a) for n, w, (a, _) in zip(names, words, ADDRESSES, strict=True)}
+        elsewhere = {n: (w, a) for n, w, (a, _) in zip(rows, words, ADDRESSES, strict=True)}
         with Federation(folder, rows, elsewhere=elsewhere) as federation:
             run = federation.submit(folder / "plan.yaml", "far", every=True)
             yield run, words
             wait_until(lambda: (run / "result.json").exists())
-            together = pooled(federation, folder / "all.jsonl")
-    torch.set_num_threads(1)
-    data = {"data": f"jsonl(train={str(together)!r})", "partition": "by_field(field='site')"}
-    alone = simulate(Plan.from_lines({**lines, **data}), engine="inline(group=1)").tensors
-    ended = read_tensors(run / "adapter")
-    assert {*alone} == {*ended}
-    assert all(alone[name].tobytes() == ended[name].tobytes() for name in alone)
+    assert is_as_simulated(federation, run, CORRECTED)
 
 
 def _link(words: list[str]) -> str:

@@ -20,20 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
-from fedpeft.plan import Plan
-from simulations._machines.federation import Federation, dealt
+from simulations._machines.federation import Federation
+from simulations._machines.plans import LINES, write_plan
 from simulations.benchmarks import _report
 
-LINES = {
-    "model": "minilm",
-    "task": 'classify(names="billing,bug,cancel,delivery,feedback,login,refund,upgrade")',
-    "adapter": "lora(r=8, alpha=16)",
-    "trainer": "plain(optimizer='sgd', lr=0.1, steps=2, batch=4)",
-    "holdout": 0.0,
-    "evaluate": "",
-}
+ADAPTER = "lora(r=8, alpha=16)"
 LARGE = "lora(r=64, alpha=64)"
 """An adapter of which an update takes more than 1 MB."""
 _IDLE = 20.0
@@ -54,7 +46,7 @@ def measure(quick: bool) -> dict[str, Any]:
 
 def _timed(kind: str, sites: int, rounds: int) -> dict[str, Any]:
     """Return the medians of a run on sites of a kind, without its first round."""
-    with _federation(sites, rounds, LINES, stock=kind == "stock") as federation:
+    with _federation(sites, rounds, ADAPTER, stock=kind == "stock") as federation:
         run = _submit(federation)
         lives = _lives(federation, run)
         ledger = _ledger(run)
@@ -71,7 +63,7 @@ def _timed(kind: str, sites: int, rounds: int) -> dict[str, Any]:
 
 def _weighed(sites: int, rounds: int) -> dict[str, Any]:
     """Return what passes the wire for what is packed, beyond what passes anyway."""
-    with _federation(sites, rounds, {**LINES, "adapter": LARGE}) as federation:
+    with _federation(sites, rounds, LARGE) as federation:
         relay = federation.relay
         time.sleep(3.0)  # who has just joined has more to say
         before, began = relay.up + relay.down, time.monotonic()
@@ -99,17 +91,12 @@ def _weighed(sites: int, rounds: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _federation(
-    sites: int, rounds: int, lines: dict[str, Any], *, stock: bool = False
+    sites: int, rounds: int, adapter: str, *, stock: bool = False
 ) -> Iterator[Federation]:
-    names = [f"site-{n}" for n in range(sites)]
-    its = {**lines, "rounds": rounds, "eval_every": rounds}
-    given = {"data": "embedded(name='support')", "partition": "iid", "clients": sites}
-    rows = dealt(Plan.from_lines({**its, **given}))
-    plan = {**its, "data": f"sites(names={','.join(names)!r})"}
-    with tempfile.TemporaryDirectory(prefix="fedpeft-bench-") as folder:
-        (Path(folder) / "plan.yaml").write_text(yaml.safe_dump(plan))
-        each = dict(zip(names, rows.values(), strict=True))
-        with Federation(Path(folder), each, stock=stock) as federation:
+    with tempfile.TemporaryDirectory(prefix="fedpeft-bench-") as temporary:
+        folder = Path(temporary)
+        rows = write_plan(folder / "plan.yaml", {**LINES, "adapter": adapter}, sites, rounds)
+        with Federation(folder, rows, stock=stock) as federation:
             yield federation
 
 

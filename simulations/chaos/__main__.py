@@ -21,24 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
-from fedpeft.driver import simulate
-from fedpeft.export import read_tensors
-from fedpeft.plan import Plan
-from simulations._machines.federation import ROLES, Federation, dealt, pooled
+from simulations._machines.federation import ROLES, Federation
+from simulations._machines.plans import CORRECTED, is_as_simulated, write_plan
 from simulations.chaos._kills import LAST_POINTS, Killer, order
 
-LINES = {
-    "model": "minilm",
-    "task": 'classify(names="billing,bug,cancel,delivery,feedback,login,refund,upgrade")',
-    "adapter": "lora(r=2, alpha=4)",
-    "trainer": "plain(optimizer='sgd', lr=0.1, steps=2, batch=4)",
-    "correction": "scaffold",
-    "holdout": 0.0,
-    "evaluate": "",
-}
 _PATIENCE = 150.0
 """Seconds for which nobody comes to a point before another is tried."""
 _LONGEST = 5400.0
@@ -69,22 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _chaos(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    names = [f"site-{n}" for n in range(asked.sites)]
-    lines = {**LINES, "rounds": asked.rounds, "eval_every": asked.rounds}
-    rows = dealt(Plan.from_lines({**lines, "data": "embedded(name='support')", "partition": "iid",
-                                  "clients": asked.sites}))  # fmt: skip
-    sites = dict(zip(names, rows.values(), strict=True))
     told = folder / "fault"
-    (folder / "plan.yaml").write_text(
-        yaml.safe_dump({**lines, "data": f"sites(names={','.join(names)!r})"})
-    )
+    sites = write_plan(folder / "plan.yaml", CORRECTED, asked.sites, asked.rounds)
     began = time.monotonic()
     with Federation(folder, sites, {"FEDPEFT_FAULT_FILE": str(told)}) as federation:
         run = federation.submit(folder / "plan.yaml", "chaos", every=True)
         killer = Killer(federation, told, random.Random(asked.seed))
         _kill_all_along(federation, run, killer, asked)
         seconds = time.monotonic() - began
-        all_rows = pooled(federation, folder / "all.jsonl")
     found = {
         "seed": asked.seed,
         "rounds": len((run / "rounds.jsonl").read_text().splitlines()),
@@ -93,11 +71,7 @@ def _chaos(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "kills": len(killer.done),
         "killed": dict(Counter(kill.what for kill in killer.done).most_common()),
     }
-    torch.set_num_threads(1)
-    data = {"data": f"jsonl(train={str(all_rows)!r})", "partition": "by_field(field='site')"}
-    whole = simulate(Plan.from_lines({**lines, **data}), engine="inline(group=1)").tensors
-    ended = read_tensors(run / "adapter")
-    same = {*whole} == {*ended} and all(whole[k].tobytes() == ended[k].tobytes() for k in whole)
+    same = is_as_simulated(federation, run, CORRECTED)
     return {**found, "same": same, "enough": len(killer.done) >= asked.kills}
 
 

@@ -22,11 +22,9 @@ from typing import Any
 
 import numpy as np
 import psutil
-import yaml
 
-from fedpeft.plan import Plan
-from simulations._machines.federation import Federation, dealt
-from simulations.chaos.__main__ import LINES
+from simulations._machines.federation import Federation
+from simulations._machines.plans import LINES, write_plan
 
 LASTING = ("server", "SuperLink", "server's SuperExec", "server app", "client", "SuperNode",
            "site's SuperExec", "warm trainer")  # fmt: skip
@@ -70,15 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _soak(folder: Path, rounds: int, count: int) -> dict[str, Any]:
-    names = [f"site-{n}" for n in range(count)]
-    lines = {**LINES, "rounds": rounds, "eval_every": rounds}
-    given = {"data": "embedded(name='support')", "partition": "iid", "clients": count}
-    rows = dealt(Plan.from_lines({**lines, **given}))
     plan = folder / "plan.yaml"
-    plan.write_text(yaml.safe_dump({**lines, "data": f"sites(names={','.join(names)!r})"}))
+    rows = write_plan(plan, LINES, count, rounds)
     read: dict[tuple[str, int], Readings] = defaultdict(Readings)
     began = time.monotonic()
-    with Federation(folder, dict(zip(names, rows.values(), strict=True))) as federation:
+    with Federation(folder, rows) as federation:
         run = federation.submit(plan, "soak", every=True)
         while not (run / "result.json").exists():
             if fallen := federation.revive():

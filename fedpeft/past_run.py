@@ -1,0 +1,96 @@
+"""A run folder as it is read afterwards: what was run, and what came of it so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpeft.errors import RunError
+from fedpeft.json_lines import mapping, read_lines
+from fedpeft.plan import read_lines as read_plan_lines
+
+_SPENT = {"epsilon": "epsilon of users", "epsilon_record": "epsilon of records"}
+
+
+@dataclass(frozen=True, slots=True)
+class PastRun:
+    """A run, by the ``lines`` of its plan and how it stood when it was read.
+
+    ``metrics`` are those of the last round that was evaluated, bytes are of the whole run, and
+    ``spent`` is the privacy spent, by whom it protects. ``seconds`` are those of its rounds.
+    """
+
+    path: Path
+    lines: Mapping[str, Any]
+    rounds: int
+    finished: bool
+    metrics: Mapping[str, float]
+    up_bytes: int
+    down_bytes: int
+    seconds: float
+    spent: Mapping[str, float]
+
+
+def read_runs(paths: list[Path]) -> list[PastRun]:
+    """Read run folders, or all those in a folder of runs.
+
+    Raises ``RunError`` for a folder that is neither, or one whose files are damaged.
+    """
+    found = [run for path in paths for run in _runs_of(path)]
+    if not found:
+        raise RunError("no run was begun there; give run folders, or a folder of them")
+    return found
+
+
+def _runs_of(path: Path) -> Iterator[PastRun]:
+    if not path.is_dir():
+        raise RunError(f"{path}: no such folder")
+    if (path / "run.json").exists():
+        yield read_run(path)
+        return
+    below = [each for each in sorted(path.iterdir()) if (each / "run.json").exists()]
+    if not below:
+        raise RunError(f"{path}: is no run folder, and holds none")
+    yield from map(read_run, below)
+
+
+def read_run(path: Path) -> PastRun:
+    """Read a run folder, also while it is being written. Raises ``RunError``."""
+    history = read_lines(path / "rounds.jsonl")
+    table = _table(path / "result.json")
+    last = table.get("last") or _last_metrics(history)
+    spent = history[-1] if history else {}
+    return PastRun(
+        path,
+        read_plan_lines(path / "plan.yaml"),
+        len(history),
+        bool(table),
+        {name: value for name, value in last.items() if _is_number(value)},
+        *(int(sum(line.get(name, 0) for line in history)) for name in ("up_bytes", "down_bytes")),
+        float(sum(line.get("seconds", 0.0) for line in history)),
+        {whom: spent[name] for name, whom in _SPENT.items() if _is_number(spent.get(name))},
+    )
+
+
+def _table(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    found = mapping(path.read_bytes())
+    if found is None:
+        raise RunError(f"{path}: is no final table; take it away and say --resume")
+    return found
+
+
+def _last_metrics(history: list[dict[str, Any]]) -> Mapping[str, Any]:
+    """Return the newest metrics of rounds, which have a place and a name: ``test/accuracy``."""
+    for line in reversed(history):
+        if found := {name: value for name, value in line.items() if "/" in name}:
+            return found
+    return {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
