@@ -64,14 +64,15 @@ def read_run(path: Path) -> PastRun:
     last = table.get("last") or _last_metrics(history)
     spent = history[-1] if history else {}
     return PastRun(
-        path,
-        read_plan_lines(path / "plan.yaml"),
-        len(history),
-        bool(table),
-        {name: value for name, value in last.items() if _is_number(value)},
-        *(int(sum(line.get(name, 0) for line in history)) for name in ("up_bytes", "down_bytes")),
-        float(sum(line.get("seconds", 0.0) for line in history)),
-        {whom: spent[name] for name, whom in _SPENT.items() if _is_number(spent.get(name))},
+        path=path,
+        lines=read_plan_lines(path / "plan.yaml"),
+        rounds=len(history),
+        finished=bool(table),
+        metrics={name: value for name, value in last.items() if _is_number(value)},
+        up_bytes=sum(line.get("up_bytes", 0) for line in history),
+        down_bytes=sum(line.get("down_bytes", 0) for line in history),
+        seconds=float(sum(line.get("seconds", 0.0) for line in history)),
+        spent={whom: spent[name] for name, whom in _SPENT.items() if _is_number(spent.get(name))},
     )
 
 

@@ -19,7 +19,8 @@ from tests.tiny import support_plan
 def runs(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seeds of one plan and one of another, in a folder."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, lines in {"a": {"seed": 0}, "b": {"seed": 1}, "c": {"uplink": "half"}}.items():
+    each: dict[str, dict[str, Any]] = {"a": {"seed": 0}, "b": {"seed": 1}, "c": {"uplink": "half"}}
+    for name, lines in each.items():
         plan = support_plan(bert, rounds=2, evaluate="test", **lines)
         simulate(plan, out=folder / name)
     return folder
