@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import signal
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from fedpeft.driver import plan_digest, simulate
 from fedpeft.errors import FedPeftError, PlanError, RunError
@@ -19,6 +21,7 @@ from fedpeft.sweep import command
 from fedpeft.sweep.forecast import as_text, forecast
 from fedpeft.sweep.outcomes import Outcome
 from fedpeft.sweep.running import Here, run_sweep
+from fedpeft.sweep.screen import SweepScreen
 from fedpeft.sweep.sweep_file import Cell, read_sweep
 from fedpeft.sweep.workers import Where, Workers
 from tests.tiny import support_lines
@@ -304,3 +307,34 @@ def test_a_check_runs_nothing(
     assert not command.sweep(path, tmp_path / "out", place, check=True)
     assert "2 runs, 0 finished, 1 to be made, 1 refused" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+# --- the screen ---------------------------------------------------------------------------------
+
+
+def test_a_terminal_shows_what_runs_and_what_is_left() -> None:
+    cells = [Cell({"uplink": "raw", "seed": seed}, {}, None) for seed in range(4)]
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    with SweepScreen(cells, console) as screen:
+        screen.say(["4 runs"])
+        screen.outcome(0, Outcome(cells[0], "done", "x", {"last": {"test/accuracy": 0.5}}))
+        screen.outcome(1, Outcome(cells[1], "failed", "", {}, "it broke"))
+        screen.rounds(2, 3, 10)
+        paper = io.StringIO()
+        Console(file=paper, width=120).print(screen.shown())
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "4 runs\n" in told
+    assert "1/4 done   uplink=raw, seed=0: test/accuracy 0.5000" in told
+    assert "2/4 failed uplink=raw, seed=1: it broke" in told
+    first, second = paper.getvalue().splitlines()
+    assert first.rstrip().endswith("1 done, 1 failed, 2 to go, about 0:00 left")
+    assert second.startswith("uplink=raw, seed=2")
+    assert "round 3/10" in second
+
+
+def test_elsewhere_there_are_lines_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [Cell({"seed": 0}, {}, None)]
+    with SweepScreen(cells) as screen:
+        screen.rounds(0, 1, 2)
+        screen.outcome(0, Outcome(cells[0], "kept", "x", {"last": {"test/loss": 1.0}}))
+    assert capsys.readouterr().out == "1/1 kept   seed=0: test/loss 1.0000\n"

@@ -10,7 +10,6 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
-from rich.text import Text
 
 from fedpeft.sweep.outcomes import Outcome
 from fedpeft.sweep.sweep_file import Cell
@@ -31,7 +30,7 @@ class SweepScreen:
         self._running: dict[int, tuple[int, int, float]] = {}
         self._counts = {"done": 0, "kept": 0, "failed": 0}
         self._spent, self._began = 0.0, time.monotonic()
-        self._live = Live(get_renderable=self._shown, console=self._console, refresh_per_second=4,
+        self._live = Live(get_renderable=self.shown, console=self._console, refresh_per_second=4,
                           transient=True, auto_refresh=self._console.is_terminal)  # fmt: skip
 
     def __enter__(self) -> SweepScreen:
@@ -64,14 +63,15 @@ class SweepScreen:
             style=_STYLES.get(outcome.status, ""),
         )
 
-    def _shown(self) -> Group:
+    def shown(self) -> Group:
+        """Return what is under way: how many runs have ended, and a row for each that runs."""
         ended, total = sum(self._counts.values()), len(self._cells)
         made = self._counts["done"]
         seconds = time.monotonic() - self._began
         left = f", about {_long(seconds / made * (total - ended))} left" if made else ""
         parts = [f"{count} {name}" for name, count in self._counts.items() if count]
         parts.append(f"{total - ended} to go{left}")
-        table = Table(box=None, padding=(0, 1), show_header=False)
+        table = Table.grid(padding=(0, 2))
         for number, (done, rounds, began) in sorted(self._running.items()):
             table.add_row(
                 told(self._cells[number].values),
@@ -79,7 +79,9 @@ class SweepScreen:
                 f"round {done}/{rounds}",
                 _long(time.monotonic() - began),
             )
-        return Group(ProgressBar(total=total, completed=ended), Text(", ".join(parts)), table)
+        whole = Table.grid(padding=(0, 2))
+        whole.add_row(ProgressBar(total=total, completed=ended, width=40), ", ".join(parts))
+        return Group(whole, table)
 
 
 def told(values: Mapping[str, Any]) -> str:
