@@ -5,7 +5,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 READY := .venv/.ready
 
-.PHONY: quickstart test slow lint clean
+.PHONY: quickstart test slow lint docs clean
 
 quickstart: $(READY)
 	$(BIN)/fedpeft run simulations/quickstart.yaml --resume
@@ -21,6 +21,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -d site
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

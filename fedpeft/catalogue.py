@@ -36,6 +36,8 @@ def about(family: str, name: str) -> str:
 
     Raises ``SpecError`` where there is no such method.
     """
+    if family == "models":
+        return "\n\n".join([name, _file_doc(family, name)])
     cls = find(family, name)
     shown = ", ".join(
         f.name if f.default is dataclasses.MISSING else f"{f.name}={f.default!r}"
