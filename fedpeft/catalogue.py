@@ -7,7 +7,8 @@ import inspect
 import sys
 from collections.abc import Iterator
 
-from fedpeft.spec import find, names
+from fedpeft.errors import SpecError
+from fedpeft.spec import find, names, nearest
 
 
 def families() -> list[str]:
@@ -37,6 +38,8 @@ def about(family: str, name: str) -> str:
     Raises ``SpecError`` where there is no such method.
     """
     if family == "models":
+        if name not in listed(family):
+            raise SpecError(f"there is no models method {name!r}{nearest(name, listed(family))}")
         return "\n\n".join([name, _file_doc(family, name)])
     cls = find(family, name)
     shown = ", ".join(

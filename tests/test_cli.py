@@ -265,6 +265,8 @@ def test_parts_of_a_family_and_all_about_one(fedpeft: Run) -> None:
     assert told.startswith("flexlora(sigma_to='B', rank_normalise=False, momentum=0.0, ")
     assert "cut to the adapter's rank" in told
     assert "did you mean 'flexlora'" in fedpeft("parts", "aggregators", "flexlra")[2]
+    assert "all-MiniLM-L6-v2" in fedpeft("parts", "models", "minilm")[1]
+    assert "did you mean 'minilm'" in fedpeft("parts", "models", "minilmm")[2]
     assert all(fedpeft("parts", family)[0] == 0 for family in families())
 
 
