@@ -64,6 +64,7 @@ class Federation:
             "keys": "certs/sites/a",
         }
         lines |= {"home": "home", "owners": ["certs/owners/alice/owner.pub"]}
+        lines["limits"] = {"files": ["."]}  # no records of its own: it reads those that plans name
         self.file.write_text(json.dumps(lines))
         self.env = os.environ | {
             "FLWR_HOME": str(folder / "flwr"),
