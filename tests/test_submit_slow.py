@@ -94,18 +94,18 @@ def test_a_run_is_submitted_followed_and_told_of(made: Deployment) -> None:
 
 def test_a_run_outlives_every_process_of_the_server(made: Deployment) -> None:
     """Killed are a server app, a SuperLink, the server; the adapter is that of no kill at all."""
-    with made.site("a", "partition-id=0 num-partitions=1"):
-        with made.serving() as server:
-            plan, every = made.folder / "plan.yaml", {"every": "true"}
-            run = send(made.file, plan, every, name="week", tell=print)
-            wait_until(lambda: run.rounds >= 1)
-            os.kill(pid_of("flwr-serverapp", made.folder), signal.SIGKILL)
-            wait_until(lambda: run.state.starts == 2)
-            wait_until(lambda: run.rounds >= 2)
-            os.kill(pid_of("fedpeft.flower_superlink", made.folder), signal.SIGKILL)
-            wait_until(lambda: run.rounds >= 3)
-            server.kill()
-            server.wait()
+    # the server first: Flower gives up a site whose key the server has not registered yet
+    with made.serving() as server, made.site("a", "partition-id=0 num-partitions=1"):
+        plan, every = made.folder / "plan.yaml", {"every": "true"}
+        run = send(made.file, plan, every, name="week", tell=print)
+        wait_until(lambda: run.rounds >= 1)
+        os.kill(pid_of("flwr-serverapp", made.folder), signal.SIGKILL)
+        wait_until(lambda: run.state.starts == 2)
+        wait_until(lambda: run.rounds >= 2)
+        os.kill(pid_of("fedpeft.flower_superlink", made.folder), signal.SIGKILL)
+        wait_until(lambda: run.rounds >= 3)
+        server.kill()
+        server.wait()
         with made.serving():
             assert follow(made.file, run, print)
     assert run.state.state == "finished"
