@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedpeft.durable import locked, replace_file
-from fedpeft.errors import FedPeftError, RunError
+from fedpeft.errors import FedPeftError, PlanError, RunError
 from fedpeft.json_lines import mapping
 from fedpeft.plan import Plan
 from fedpeft.sweep.outcomes import Outcome, as_csv
@@ -133,9 +133,5 @@ def finished(plan: Plan | None, folder: Path) -> Mapping[str, Any]:
 def _job(number: int, cell: Cell, out: Path, digest: Callable[[Plan], str]) -> Job:
     """Return what is to be run. Raises ``FedPeftError`` where the cell has no plan, or no data."""
     if cell.plan is None:
-        raise _NoPlan(cell.problem)
+        raise PlanError(cell.problem)
     return Job(number, dict(cell.lines), str(out / digest(cell.plan)[:16]))
-
-
-class _NoPlan(FedPeftError):
-    """A cell whose lines make no plan."""
