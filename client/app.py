@@ -14,7 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedpeft.faults import fault
-from fedpeft.flower import (
+from fedpeft.flower.messages import (
     addressee,
     answer,
     hello_record,

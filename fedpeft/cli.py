@@ -117,7 +117,7 @@ def plan(
     try:
         found = Plan.from_yaml(plan, _overrides(lines))
         if as_toml:
-            from fedpeft.flower_config import as_toml as toml
+            from fedpeft.flower.config import as_toml as toml
 
             typer.echo(toml(found), nl=False)
             return

@@ -20,8 +20,8 @@ from fedpeft.deployment.plan_text import unread_refusals
 from fedpeft.deployment.quota import Quota, most_of
 from fedpeft.errors import BudgetError, DataError, RunError, WireError
 from fedpeft.federation import Federation, deal
-from fedpeft.flower import log
-from fedpeft.flower_config import Settings, home, is_run, read_config
+from fedpeft.flower.config import Settings, home, is_run, read_config
+from fedpeft.flower.messages import log
 from fedpeft.ledger import OnDiskLedgers
 from fedpeft.memory import Memory, OnDisk
 from fedpeft.models._outline import outline

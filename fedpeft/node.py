@@ -24,7 +24,7 @@ from fedpeft.deployment.here import check_signed, this_site
 from fedpeft.deployment.limits import Stopwatch
 from fedpeft.errors import RunError
 from fedpeft.evaluation import group_evaluation
-from fedpeft.flower import Hello, log
+from fedpeft.flower.messages import Hello, log
 from fedpeft.handing_out import GAIN, LATER
 from fedpeft.memory import Memory
 from fedpeft.models import _base

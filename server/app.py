@@ -19,9 +19,9 @@ from fedpeft.deployment.submissions import REFUSED
 from fedpeft.driver import drive, input_digests
 from fedpeft.durable import locked
 from fedpeft.errors import FedPeftError
-from fedpeft.flower import hasten
-from fedpeft.flower_config import Settings, check_settings, home, read_config
-from fedpeft.flower_grid import GridEngine
+from fedpeft.flower.config import Settings, check_settings, home, read_config
+from fedpeft.flower.grid import GridEngine
+from fedpeft.flower.inside import hasten
 from fedpeft.handing_out import hand_out, owed
 from fedpeft.logs import RunLog
 from fedpeft.plan import Plan
@@ -83,7 +83,7 @@ def _play(grid: Grid, plan: Plan, settings: Settings, out: Path) -> None:
         _hand_out_again(engine, plan, out, left, settings.wait)
         return
     clients = dict.fromkeys(federation.population) if own else federation.population
-    engine.greet(clients, fedpeft.__version__, common_digest(plan, federation), settings.wait)
+    engine.nodes.greet(clients, fedpeft.__version__, common_digest(plan, federation), settings.wait)
     if own:
         checked = check(plan, gathered(plan, engine.population()))
         federation = checked.federation
@@ -107,7 +107,7 @@ def _hand_out_again(
     clients, digest = dict.fromkeys(federation.population), common_digest(plan, federation)
     with locked(out, "run"):
         soon = min(wait, _SOON)
-        there = engine.meet(left, clients, fedpeft.__version__, digest, soon)
+        there = engine.nodes.meet(left, clients, fedpeft.__version__, digest, soon)
         log.info("the run is over; its result goes to %s", ", ".join(there) or "nobody")
         hand_out(out, plan, engine, there, log.info)
 

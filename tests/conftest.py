@@ -81,7 +81,8 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     torch.set_num_threads(1)
     monkeypatch.setenv("FEDPEFT_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("fedpeft.site.load_base", _base.load_base.__wrapped__)
-    monkeypatch.setattr("fedpeft.flower_grid._SLEEP", (0.0, 0.001))
+    for module in ("grid", "nodes"):
+        monkeypatch.setattr(f"fedpeft.flower.{module}.SLEEP", (0.0, 0.001))
     yield
     client.app.forget()
     torch.set_num_threads(threads)

@@ -18,7 +18,7 @@ from fedpeft.addresses import free_port
 from fedpeft.deployment import certificates
 from fedpeft.deployment.server import control_of
 from fedpeft.deployment.server_file import ServerFile, load_server
-from fedpeft.flower_control import Control
+from fedpeft.flower.control import Control
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]

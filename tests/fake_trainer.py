@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from fedpeft.errors import TrainError
-from fedpeft.flower import Hello
+from fedpeft.flower.messages import Hello
 from fedpeft.warm.channel import Place
 
 HELLO = Hello(["a", "b"], [3, 5], 4, "0.1", "d")

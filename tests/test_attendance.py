@@ -14,7 +14,7 @@ from fedpeft.cohorts.uniform import Uniform
 from fedpeft.driver import plan_digest
 from fedpeft.errors import PlanError
 from fedpeft.federation import deal
-from fedpeft.flower_config import read_config, run_config
+from fedpeft.flower.config import read_config, run_config
 from fedpeft.plan import Plan
 from fedpeft.preview import as_text, preview
 from fedpeft.rng import derive

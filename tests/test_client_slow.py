@@ -36,7 +36,7 @@ from fedpeft.deployment import certificates, handshake
 from fedpeft.deployment.signing import hash_of, make_owner, sign
 from fedpeft.driver import simulate
 from fedpeft.errors import SiteError
-from fedpeft.flower_config import run_config
+from fedpeft.flower.config import run_config
 from fedpeft.warm.channel import Warm
 from tests.test_certificates_slow import process
 from tests.test_sites import SITES, Camp

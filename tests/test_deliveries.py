@@ -14,7 +14,7 @@ from fedpeft.deployment.deliveries import Deliveries
 from fedpeft.deployment.server_file import ServerFile
 from fedpeft.deployment.submissions import State, Submission, submit
 from fedpeft.durable import acquire
-from fedpeft.flower_control import Control, Site
+from fedpeft.flower.control import Control, Site
 from tests.test_submissions import Link
 
 

@@ -34,9 +34,10 @@ from fedpeft.durable import is_held
 from fedpeft.errors import PlanError, RunError, SiteError, WireError
 from fedpeft.export import read_tensors
 from fedpeft.federation import Federation, deal
-from fedpeft.flower import (
+from fedpeft.flower.config import LINES, Settings, as_toml, read_config, run_config
+from fedpeft.flower.inside import hasten
+from fedpeft.flower.messages import (
     Hello,
-    hasten,
     hello_record,
     metrics_record,
     packet_record,
@@ -44,7 +45,6 @@ from fedpeft.flower import (
     read_metrics,
     read_packet,
 )
-from fedpeft.flower_config import LINES, Settings, as_toml, read_config, run_config
 from fedpeft.ledger import Ledger, Release
 from fedpeft.plan import Plan, read_lines
 from fedpeft.tensor_file import read_tensor_file

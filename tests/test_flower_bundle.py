@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import flower_bundle
 from fedpeft.deployment.signing import hash_of
 from fedpeft.errors import SiteError
-from fedpeft.flower_bundle import as_seen, bundle
-from fedpeft.flower_config import LINES, Settings
+from fedpeft.flower.bundle import as_seen, bundle
+from fedpeft.flower.config import LINES, Settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +32,7 @@ def test_it_holds_both_sides_and_no_library() -> None:
         for side in ("client", "server")
         for p in (ROOT / side).rglob("*.py")
     }
-    assert every == {n for n in names if n.endswith(".py")}, "name new files in flower_bundle.py"
+    assert every == {n for n in names if n.endswith(".py")}, "name new files in flower/bundle.py"
 
 
 def test_a_wheel_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,9 +45,9 @@ def test_a_wheel_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, target)
     here = bundle()
-    monkeypatch.setattr(flower_bundle, "_PLACES", (tmp_path / "_app", tmp_path / "none"))
+    monkeypatch.setattr("fedpeft.flower.bundle._PLACES", (tmp_path / "_app", tmp_path / "none"))
     assert bundle() == here
-    monkeypatch.setattr(flower_bundle, "_PLACES", (tmp_path / "none",))
+    monkeypatch.setattr("fedpeft.flower.bundle._PLACES", (tmp_path / "none",))
     with pytest.raises(SiteError, match="the app is not there; install fedpeft from its wheel"):
         bundle()
 

@@ -10,10 +10,10 @@ import pytest
 from flwr.app import Error, Message
 from flwr.app import MessageType as Kind
 
-from fedpeft import flower_errands
 from fedpeft.driver import simulate
 from fedpeft.errors import RunError
-from fedpeft.flower import read_packet
+from fedpeft.flower import errands
+from fedpeft.flower.messages import read_packet
 from tests.test_flower import SGD, FakeGrid, assert_same, config_of, result_of, serve
 from tests.tiny import support_plan
 
@@ -23,7 +23,7 @@ LINES = {"correction": "scaffold", "trainer": SGD, "rounds": 3}
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flower_errands, "PAUSE", 0.05)
+    monkeypatch.setattr(errands, "PAUSE", 0.05)
 
 
 def losing(grid: FakeGrid, when: Callable[[int, int, str], int]) -> list[tuple[int, str]]:
@@ -202,4 +202,4 @@ def test_an_app_that_always_crashes_at_the_greeting_ends_it(bert: Path, tmp_path
     grid.play = playing  # type: ignore[method-assign]
     with pytest.raises(RunError, match=r"client-001.*gone \(code 8\)"):
         serve(grid)
-    assert greeted.count(1) == flower_errands.TRIES
+    assert greeted.count(1) == errands.TRIES

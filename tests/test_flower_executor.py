@@ -15,7 +15,7 @@ from flwr.supercore.superexec.executor import LaunchResult
 from flwr.supercore.superexec.executor.types import ExecutionSpec
 
 from fedpeft.errors import SiteError
-from fedpeft.flower_executor import Forks, fork
+from fedpeft.flower.executor import Forks, fork
 
 TOKEN = "a-token-of-one-message"
 

@@ -12,7 +12,7 @@ from flwr.app import Message
 
 from fedpeft import client_rounds
 from fedpeft.errors import RunError
-from fedpeft.flower import read_packet
+from fedpeft.flower.messages import read_packet
 from fedpeft.plan import Plan
 from fedpeft.wire import peek
 from tests.test_flower import FakeGrid, config_of, result_of, serve

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import pytest
 
 from fedpeft.errors import RunError
-from fedpeft.flower import Hello
-from fedpeft.flower_roll import Roll
+from fedpeft.flower.messages import Hello
+from fedpeft.flower.roll import Roll
 
 SITES = {7: "a", 8: "b"}
 

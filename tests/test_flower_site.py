@@ -34,13 +34,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate import NodeStateFactory
 
-from fedpeft import flower_site
 from fedpeft.addresses import free_port
 from fedpeft.deployment.here import owners
 from fedpeft.deployment.signing import hash_of, make_owner, sign
 from fedpeft.errors import SiteError
-from fedpeft.flower import REFUSED
-from fedpeft.flower_site import Admission, guard
+from fedpeft.flower.messages import REFUSED
+from fedpeft.flower.site import Admission, _check_size, guard
 from tests.test_certificates_slow import eventually, process
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +127,7 @@ def signed(keys: Path, app: bytes, name: str = "alice", **config: Any) -> dict[s
 @pytest.fixture(autouse=True)
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is waited for, unless a test says so."""
-    monkeypatch.setattr(flower_site, "_BUSY", -1.0)
+    monkeypatch.setattr("fedpeft.flower.site._BUSY", -1.0)
 
 
 class Site:
@@ -198,7 +197,7 @@ def tasks(site: Site) -> int:
 
 def test_a_pinned_site_takes_its_own_app_and_no_other(keys: Path) -> None:
     """Not even one that an owner signed, nor without owners."""
-    from fedpeft.flower_bundle import bundle as own_bundle
+    from fedpeft.flower.bundle import bundle as own_bundle
 
     own, app, alice = own_bundle(), bundle("good"), keys / "alice" / "owner.pub"
     for known in (lambda: [alice], lambda: None):
@@ -230,7 +229,7 @@ def test_a_bundle_that_unpacks_to_much_is_not_unpacked(keys: Path) -> None:
     assert (code, "has a pyproject.toml of 2097" in reason) == (REFUSED, True), reason
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10, "KiB"
     with pytest.raises(SiteError, match="at most 16777216 are taken"):
-        flower_site._check_size(bytes((16 << 20) + 1))
+        _check_size(bytes((16 << 20) + 1))
 
 
 def test_bundles_are_not_kept_for_ever(keys: Path) -> None:
@@ -365,7 +364,7 @@ def test_flower_calls_what_is_wrapped_by_its_name() -> None:
 LEFT = """
 import threading, time
 import flwr.supernode.cli as flower
-from fedpeft.flower_site import supernode
+from fedpeft.flower.site import supernode
 
 def returns():  # as it does where its connection broke, beside threads that go on
     threading.Thread(target=time.sleep, args=(600,)).start()
@@ -385,7 +384,7 @@ def test_a_supernode_whose_connection_broke_ends_and_does_not_linger() -> None:
 NODE = """
 import sys
 from pathlib import Path
-from fedpeft.flower_site import supernode
+from fedpeft.flower.site import supernode
 
 known = [Path(sys.argv[1])]
 supernode(sys.argv[2:], lambda: known, lambda: False)

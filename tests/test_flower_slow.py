@@ -19,7 +19,7 @@ from fedpeft import Plan
 from fedpeft.addresses import free_port
 from fedpeft.driver import simulate
 from fedpeft.federation import deal
-from fedpeft.flower_config import as_toml
+from fedpeft.flower.config import as_toml
 from fedpeft.ledger import OnDiskLedgers
 from tests.tiny import support_plan, tiny_bert
 from tests.waiting import HANGS, wait_until

@@ -11,7 +11,7 @@ from tests.deployed import environment
 ORPHAN = """
 import subprocess, sys
 child = subprocess.Popen(
-    [sys.executable, "-m", "fedpeft.flower_superlink", "token", sys.argv[1], "--insecure"],
+    [sys.executable, "-m", "fedpeft.flower.superlink", "token", sys.argv[1], "--insecure"],
 )
 print(child.pid, flush=True)
 child.wait()

@@ -54,7 +54,8 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("FEDPEFT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("fedpeft.flower_grid._SLEEP", (0.0, 0.001))
+    for module in ("grid", "nodes"):
+        monkeypatch.setattr(f"fedpeft.flower.{module}.SLEEP", (0.0, 0.001))
     yield
     forget()
     torch.set_num_threads(threads)

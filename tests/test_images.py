@@ -19,7 +19,7 @@ from fedpeft.cli import app
 from fedpeft.driver import simulate
 from fedpeft.errors import DataError, ModelError
 from fedpeft.federation import deal
-from fedpeft.flower_config import run_config
+from fedpeft.flower.config import run_config
 from fedpeft.inference import load_exported
 from fedpeft.plan import Plan
 from fedpeft.preview import preview

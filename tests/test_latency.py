@@ -13,7 +13,7 @@ import pytest
 from fedpeft import simulate
 from fedpeft.driver import plan_digest
 from fedpeft.errors import PlanError
-from fedpeft.flower_config import run_config
+from fedpeft.flower.config import run_config
 from fedpeft.preview import preview
 from fedpeft.rng import derive
 from fedpeft.spec import build

@@ -23,7 +23,7 @@ from fedpeft.cli import app
 from fedpeft.durable import MOMENTS
 from fedpeft.errors import BudgetError, RunError
 from fedpeft.federation import deal
-from fedpeft.flower_config import run_config
+from fedpeft.flower.config import run_config
 from fedpeft.ledger import (
     CLIENT,
     NOTHING,

@@ -23,7 +23,7 @@ from fedpeft.broadcasts import messages
 from fedpeft.client_rounds import Asked, client_round, group_round
 from fedpeft.errors import FedPeftError, PlanError, RunError, WireError
 from fedpeft.federation import deal
-from fedpeft.flower import read_packet
+from fedpeft.flower.messages import read_packet
 from fedpeft.memory import InProcess, Memory
 from fedpeft.phases import Ask, Later, Reply, Sum
 from fedpeft.preview import preview

@@ -14,7 +14,7 @@ from fedpeft.deployment.client_file import ClientFile, Limits
 from fedpeft.deployment.here import CLIENT
 from fedpeft.deployment.plan_text import unread_refusals
 from fedpeft.errors import FedPeftError
-from fedpeft.flower_config import run_config
+from fedpeft.flower.config import run_config
 from fedpeft.node import Node
 from fedpeft.plan import Plan
 from fedpeft.spec import mentions

@@ -15,7 +15,7 @@ from fedpeft.cli import app
 from fedpeft.driver import simulate
 from fedpeft.errors import RunError
 from fedpeft.export import read_tensors
-from fedpeft.flower import packet_record
+from fedpeft.flower.messages import packet_record
 from fedpeft.plan import Plan
 from fedpeft.replay import Record, replay, threads_of
 from tests.test_flower import SGD, FakeGrid, config_of, result_of, serve

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import client.app
 from fedpeft import client_rounds, node
-from fedpeft.flower import read_packet
+from fedpeft.flower.messages import read_packet
 from fedpeft.replies import Replies
 from tests.test_flower import SGD, FakeGrid, config_of, serve
 from tests.tiny import support_plan, tiny_bert

@@ -24,7 +24,7 @@ from fedpeft.durable import MOMENTS
 from fedpeft.errors import FedPeftError, RunError, SiteError
 from fedpeft.export import read_tensors
 from fedpeft.federation import deal
-from fedpeft.flower import KEEP, log, packet_record, read_metrics, read_packet
+from fedpeft.flower.messages import KEEP, log, packet_record, read_metrics, read_packet
 from fedpeft.handing_out import outgoing, owed, standing
 from fedpeft.node import Node
 from fedpeft.plan import Plan

@@ -10,7 +10,7 @@ import pytest
 from fedpeft.deployment import certificates
 from fedpeft.deployment.roster import ROSTER, enrol, read_keys, read_roster, write_roster
 from fedpeft.errors import SiteError
-from fedpeft.flower_control import Control, Site
+from fedpeft.flower.control import Control, Site
 
 
 class Link:

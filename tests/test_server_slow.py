@@ -105,7 +105,7 @@ def test_sites_processes_and_the_page(tmp_path: Path) -> None:
         states = [(row["site"], row["state"], row["heard"]) for row in shown["sites"]]
         assert states == [("a", "never seen", ""), ("b", "never seen", "")]
 
-        for word in ("fedpeft.flower_superlink", "flower-superexec"):
+        for word in ("fedpeft.flower.superlink", "flower-superexec"):
             old = pid_of(word, tmp_path)
             os.kill(old, signal.SIGKILL)
             wait_until(lambda w=word, o=old: running(w, tmp_path) not in (None, o))  # type: ignore[misc]
@@ -151,7 +151,7 @@ def test_structured_lines_of_a_server(tmp_path: Path) -> None:
     try:
         wait_until(lambda: '"serving"' in log.read_text() or made.poll() is not None)
         again = subprocess.run(command, env=environment(), capture_output=True, text=True)
-        os.kill(pid_of("fedpeft.flower_superlink", tmp_path), signal.SIGKILL)
+        os.kill(pid_of("fedpeft.flower.superlink", tmp_path), signal.SIGKILL)
         wait_until(lambda: log.read_text().count('"serving"') == 2)
     finally:
         made.terminate()

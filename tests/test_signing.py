@@ -18,7 +18,7 @@ from fedpeft import cli, durable
 from fedpeft.deployment import certificates, signing
 from fedpeft.deployment.signing import FREE, OWN, make_owner, owner_of, sign, verify
 from fedpeft.errors import RunError, SiteError
-from fedpeft.flower_config import Settings
+from fedpeft.flower.config import Settings
 
 APP = signing.hash_of(b"the bundle")
 CONFIG: dict[str, Any] = {

@@ -15,7 +15,7 @@ from flwr.app import Message
 from fedpeft import wire
 from fedpeft.driver import simulate
 from fedpeft.errors import DataError, FedPeftError, PlanError, RunError
-from fedpeft.flower import addressee, packet_record, read_hello, read_metrics, read_packet
+from fedpeft.flower.messages import addressee, packet_record, read_hello, read_metrics, read_packet
 from fedpeft.ledger import CLIENT, OnDiskLedgers, spent
 from fedpeft.plan import Plan
 from fedpeft.releases import mechanism_of

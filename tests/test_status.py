@@ -11,7 +11,7 @@ import pytest
 from fedpeft.deployment.server_file import ServerFile
 from fedpeft.deployment.status import ago, as_text, run_rows, site_rows, status
 from fedpeft.deployment.submissions import State, submit
-from fedpeft.flower_control import GONE, Site
+from fedpeft.flower.control import GONE, Site
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from fedpeft.deployment.submissions import (
 )
 from fedpeft.durable import acquire
 from fedpeft.errors import FedPeftError, RunError, SiteError
-from fedpeft.flower_control import Control, Standing
+from fedpeft.flower.control import Control, Standing
 
 NO_HEARTBEAT = "No heartbeat received from the task"
 

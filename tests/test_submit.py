@@ -21,8 +21,8 @@ from fedpeft.deployment.submissions import State, Submission, submitted
 from fedpeft.deployment.submit import follow, plan_of, send, settings_of
 from fedpeft.durable import acquire
 from fedpeft.errors import FedPeftError, PlanError, RunError, SiteError
-from fedpeft.flower_bundle import as_seen, bundle
-from fedpeft.flower_config import read_config
+from fedpeft.flower.bundle import as_seen, bundle
+from fedpeft.flower.config import read_config
 from tests.tiny import support_lines, tiny_bert
 
 
@@ -146,7 +146,7 @@ def test_a_signature_of_another_app(
     file: ServerFile, plan: Path, owner: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, app = owner.signs(), bundle()
-    monkeypatch.setattr("fedpeft.flower_bundle.bundle", lambda: app + b" ")
+    monkeypatch.setattr("fedpeft.flower.bundle.bundle", lambda: app + b" ")
     with pytest.raises(SiteError, match=r"is for the app of fedpeft .* install the same on both"):
         sent(file, plan, signature=path)
 

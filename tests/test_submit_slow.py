@@ -102,7 +102,7 @@ def test_a_run_outlives_every_process_of_the_server(made: Deployment) -> None:
         os.kill(pid_of("flwr-serverapp", made.folder), signal.SIGKILL)
         wait_until(lambda: run.state.starts == 2)
         wait_until(lambda: run.rounds >= 2)
-        os.kill(pid_of("fedpeft.flower_superlink", made.folder), signal.SIGKILL)
+        os.kill(pid_of("fedpeft.flower.superlink", made.folder), signal.SIGKILL)
         wait_until(lambda: run.rounds >= 3)
         server.kill()
         server.wait()

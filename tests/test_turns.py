@@ -21,7 +21,7 @@ from fedpeft import Plan, simulate
 from fedpeft.checkpoint import Checkpoint, load_checkpoint
 from fedpeft.durable import MOMENTS
 from fedpeft.errors import PlanError, RunError
-from fedpeft.flower_config import Settings, check_settings
+from fedpeft.flower.config import Settings, check_settings
 from fedpeft.ledger import CLIENT, OnDiskLedgers
 from fedpeft.one_round import Run, is_over, one_round
 from fedpeft.preflight import check

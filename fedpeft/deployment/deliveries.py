@@ -15,7 +15,7 @@ from fedpeft.deployment.keeper import works
 from fedpeft.deployment.server_file import ServerFile
 from fedpeft.deployment.submissions import Submission, submitted
 from fedpeft.errors import FedPeftError
-from fedpeft.flower_control import Control
+from fedpeft.flower.control import Control
 from fedpeft.handing_out import owed
 
 _EVERY = 10.0

@@ -43,7 +43,7 @@ def is_pinned() -> bool:
 def check_signed(config: Mapping[str, Scalar]) -> None:
     """Raise ``SiteError`` where this site has owners and none of them signed this run-config.
 
-    That the app is the signed one was checked before it was unpacked (``fedpeft/flower_site.py``).
+    That the app is the signed one was checked before it was unpacked (``fedpeft/flower/site.py``).
     """
     known = owners()
     if known is None:

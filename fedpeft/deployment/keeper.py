@@ -10,7 +10,7 @@ from fedpeft.deployment.server_file import ServerFile
 from fedpeft.deployment.submissions import State, Submission, died, ended, submitted
 from fedpeft.durable import is_held
 from fedpeft.errors import FedPeftError
-from fedpeft.flower_control import Control, Standing
+from fedpeft.flower.control import Control, Standing
 from fedpeft.handing_out import is_handed_out
 
 _KILLED = "its server app was killed"

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedpeft.deployment.files import read
 from fedpeft.durable import replace_file
 from fedpeft.errors import FedPeftError, SiteError
-from fedpeft.flower_control import GONE, Control
+from fedpeft.flower.control import GONE, Control
 
 ROSTER = "FEDPEFT_ROSTER"
 """Environment variable that tells a run's server app where the roster is."""

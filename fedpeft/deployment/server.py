@@ -46,7 +46,7 @@ from fedpeft.deployment.status import site_rows
 from fedpeft.deployment.voice import Voice
 from fedpeft.durable import acquire, create_file, make_folder, make_private_folder
 from fedpeft.errors import FedPeftError, SiteError
-from fedpeft.flower_control import Control, Site
+from fedpeft.flower.control import Control, Site
 
 _TICK, _LOOK = 0.5, 2.0
 """Seconds between two looks at the processes; at sites and runs."""

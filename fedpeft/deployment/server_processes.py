@@ -49,7 +49,7 @@ def is_gated(file: ServerFile) -> bool | None:
 
 def superlink(file: ServerFile) -> list[str]:
     """Return the command of the SuperLink behind its gate."""
-    found = [sys.executable, "-m", "fedpeft.flower_superlink", str(file.home / TOKEN)]
+    found = [sys.executable, "-m", "fedpeft.flower.superlink", str(file.home / TOKEN)]
     found += [str(os.getpid())]
     found += ["--host", file.host, "--port", str(file.port), "--isolation", "process"]
     found += ["--database", str(file.home / "state.db")]

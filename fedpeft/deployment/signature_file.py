@@ -17,7 +17,7 @@ import fedpeft
 from fedpeft.deployment.signing import FREE, OWN, hash_of, public_of, sign, verify_by
 from fedpeft.durable import create_file
 from fedpeft.errors import SiteError
-from fedpeft.flower_config import Settings, check_settings, run_config
+from fedpeft.flower.config import Settings, check_settings, run_config
 from fedpeft.json_lines import mapping
 from fedpeft.plan import Plan
 from fedpeft.types import Scalar
@@ -45,7 +45,7 @@ def write_signed(path: Path, plan: Plan, settings: Settings, key: Path) -> Signe
     Paths in the plan are those of the server's machine, and stay as they are written. Raises
     ``FedPeftError`` where the file exists, which stays as it is, or the key cannot be used.
     """
-    from fedpeft.flower_bundle import as_seen, bundle
+    from fedpeft.flower.bundle import as_seen, bundle
 
     if path.exists():
         raise SiteError(f"{path}: exists, and is not overwritten; choose another --out")
@@ -71,7 +71,7 @@ def load_signed(path: Path, app: bytes) -> Signed:
 
     Raises ``SiteError`` where it is none or was changed, or is for another app.
     """
-    from fedpeft.flower_bundle import as_seen
+    from fedpeft.flower.bundle import as_seen
 
     try:
         given: Mapping[str, Any] | None = mapping(path.read_bytes())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedpeft.deployment.server_file import ServerFile
 from fedpeft.durable import is_held
 from fedpeft.errors import FedPeftError, SiteError
-from fedpeft.flower_control import GONE, Site
+from fedpeft.flower.control import GONE, Site
 
 if TYPE_CHECKING:
     from fedpeft.deployment.submissions import Submission

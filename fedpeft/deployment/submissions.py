@@ -24,7 +24,7 @@ from typing import Any
 from fedpeft.data._site_names import RULE, is_site
 from fedpeft.durable import create_file, make_private_folder, replace_file
 from fedpeft.errors import RunError, SiteError
-from fedpeft.flower_config import Settings
+from fedpeft.flower.config import Settings
 from fedpeft.json_lines import mapping
 from fedpeft.types import Scalar
 

@@ -24,7 +24,7 @@ from fedpeft.deployment.submissions import (
 )
 from fedpeft.durable import is_held
 from fedpeft.errors import PlanError, SiteError
-from fedpeft.flower_config import Settings, check_settings, read_config, run_config
+from fedpeft.flower.config import Settings, check_settings, read_config, run_config
 from fedpeft.plan import Plan
 from fedpeft.types import Scalar
 
@@ -53,7 +53,7 @@ def send(
     was on another machine, which left ``signature``. Raises ``FedPeftError`` before anything is
     written where something does not fit.
     """
-    from fedpeft.flower_bundle import bundle
+    from fedpeft.flower.bundle import bundle
 
     check_running(file)
     if key and signature:
@@ -176,7 +176,7 @@ def _given(lines: Mapping[str, Any]) -> dict[str, Any]:
 
 def _signed(key: Path, config: Mapping[str, Scalar], app: bytes) -> dict[str, Scalar]:
     from fedpeft.deployment.signing import hash_of, sign
-    from fedpeft.flower_bundle import as_seen
+    from fedpeft.flower.bundle import as_seen
 
     signer, signature = sign(key, as_seen(app, config), hash_of(app))
     return {"signer": signer, "signature": signature}

@@ -115,12 +115,12 @@ def main(arguments: Sequence[str]) -> None:
 
             serve(folder(), float(given[0]))
         elif what == "superexec":
-            from fedpeft.flower_executor import superexec
+            from fedpeft.flower.executor import superexec
 
             superexec(given)
         else:
             from fedpeft.deployment.here import is_pinned, owners
-            from fedpeft.flower_site import supernode
+            from fedpeft.flower.site import supernode
 
             supernode(given, owners, is_pinned)
     except FedPeftError as error:

@@ -20,8 +20,8 @@ import grpc
 
 from fedpeft.durable import locked
 from fedpeft.errors import FedPeftError, RunError, WireError
-from fedpeft.flower import Hello
-from fedpeft.flower_config import home
+from fedpeft.flower.config import home
+from fedpeft.flower.messages import Hello
 from fedpeft.types import Metrics, Scalar
 
 SERVICE = "fedpeft.Trainer"

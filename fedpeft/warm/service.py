@@ -26,7 +26,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 import fedpeft
 from fedpeft.durable import acquire, replace_file
 from fedpeft.errors import FedPeftError, RunError
-from fedpeft.flower import log
+from fedpeft.flower.messages import log
 from fedpeft.warm.channel import (
     LIMITS,
     PROTOCOL,

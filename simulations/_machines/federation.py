@@ -31,7 +31,7 @@ READY = 300.0
 """Seconds within which a command has to be ready."""
 ROLES: Mapping[str, str] = {
     "server": "-m fedpeft server",
-    "SuperLink": "fedpeft.flower_superlink",
+    "SuperLink": "fedpeft.flower.superlink",
     "server's SuperExec": "flower-superexec",
     "server app": "flwr-serverapp",
     "client": "-m fedpeft client",

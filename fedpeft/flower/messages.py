@@ -6,16 +6,13 @@ it plays when it is greeted: the grid itself knows only random node numbers.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from fedpeft.errors import FedPeftError, SiteError, WireError
+from fedpeft.errors import FedPeftError, WireError
 from fedpeft.types import Metrics
 from fedpeft.wire import Message as Packed
 
@@ -26,8 +23,6 @@ REFUSED = 100
 KEEP = "query.keep"
 """Type of the message that brings a site the result of its run."""
 _STYPE = "fedpeft.packet"
-_AGAIN = 0.05
-"""Seconds after which an object that had not come is looked for again; then twice as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,27 +111,3 @@ def answer(message: Message, make: Callable[[], RecordDict]) -> Message:
     except FedPeftError as error:
         log.warning("refused: %s", error)
         return Message(Error(REFUSED, str(error)), reply_to=message)
-
-
-def hasten(flower: Any, name: str) -> None:
-    """Have a function of ``flower``, a module of Flower's, look sooner for what is on its way.
-
-    A message is announced before its objects have come, and Flower looks for one that is missing
-    again after a second. Raises ``SiteError`` where it does not pull as in the versions known.
-    """
-    pull = getattr(flower, name, None)
-    if isinstance(pull, functools.partial):
-        return
-    if pull is None or "initial_backoff" not in inspect.signature(pull).parameters:
-        raise unknown("pulls messages")
-    setattr(flower, name, functools.partial(pull, initial_backoff=_AGAIN))
-
-
-def unknown(does: str) -> SiteError:
-    """Return what is wrong where Flower ``does`` something in another way than is built upon."""
-    from flwr.supercore.version import package_version
-
-    return SiteError(
-        f"flwr {package_version}: {does} otherwise than the versions that fedpeft knows; install "
-        "flwr 1.41"
-    )

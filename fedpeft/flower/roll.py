@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from fedpeft.errors import RunError
-from fedpeft.flower import Hello, log
+from fedpeft.flower.messages import Hello, log
 from fedpeft.scattered import UNTOLD
 from fedpeft.types import Population
 

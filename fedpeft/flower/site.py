@@ -25,8 +25,9 @@ from flwr.common.config import get_fused_config_from_fab
 import fedpeft
 from fedpeft.deployment.signing import hash_of, verify
 from fedpeft.errors import FedPeftError, SiteError
-from fedpeft.flower import REFUSED, hasten, log, unknown
-from fedpeft.flower_bundle import bundle as own_bundle
+from fedpeft.flower.bundle import bundle as own_bundle
+from fedpeft.flower.inside import hasten, unknown
+from fedpeft.flower.messages import REFUSED, log
 from fedpeft.types import Scalar
 
 Owners: TypeAlias = Callable[[], "Sequence[Path] | None"]

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedpeft.errors import FedPeftError, RunError, printable
 from fedpeft.faults import fault
-from fedpeft.flower import REFUSED, log, packet_record
+from fedpeft.flower.messages import REFUSED, log, packet_record
 from fedpeft.wire import Message as Packed
 
 _APP_FAILED, _APP_CRASHED = (1, 2, 7), 8  # Flower: app not loaded, app raised, bad bundle

@@ -16,10 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpeft.flower import hasten, log, unknown
+from fedpeft.flower.inside import hasten, unknown
+from fedpeft.flower.messages import log
 
 _NAME, _PULL = "flwr-clientapp", "pull_and_inflate_object_from_tree"
-_IMPORTED = ("flwr.supernode.runtime.run_clientapp", "fedpeft.flower", "fedpeft.warm.channel")
+_IMPORTED = (
+    "flwr.supernode.runtime.run_clientapp",
+    "fedpeft.flower.messages",
+    "fedpeft.warm.channel",
+)
 """Modules of every message's process. None of them starts a thread, which a fork would lose."""
 
 

@@ -1,4 +1,4 @@
-"""Flower's SuperLink behind the gate: ``-m fedpeft.flower_superlink TOKEN PARENT ARGUMENT...``.
+"""Flower's SuperLink behind the gate: ``-m fedpeft.flower.superlink TOKEN PARENT ARGUMENT...``.
 
 It takes the arguments of ``flower-superlink``. Of Flower's inside it knows only that uvicorn serves
 it; ``fedpeft server`` asks at each start whether the gate is really there. It ends with its parent,
