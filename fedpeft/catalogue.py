@@ -15,7 +15,7 @@ def families() -> list[str]:
     """Return every family that a plan or the command line takes methods from."""
     from fedpeft.plan import PARTS
 
-    return list(dict.fromkeys([*PARTS.values(), "presets", "models", "engine"]))
+    return list(dict.fromkeys([*PARTS.values(), "presets", "models", "engine", "search"]))
 
 
 def listed(family: str) -> list[str]:

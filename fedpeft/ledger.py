@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from fedpeft.durable import file_name, is_file_name, make_folder, replace_file, writing
 from fedpeft.errors import BudgetError, RunError
 from fedpeft.rng import derived
+from fedpeft.types import Sampling
 
 _KEY = 32
 CLIENT = "client"
@@ -116,7 +117,7 @@ class Ledger:
         is hidden by steps that hide single ones only at many times their epsilon. It is infinite
         where any of them promised nothing.
         """
-        from fedpeft.privacy._accountant import composed
+        from fedpeft.privacy._together import composed
 
         steps: dict[tuple[float, float], int] = {}
         own = [r for r in self.releases if data in (None, r.data) and unit in (None, r.unit)]
@@ -125,7 +126,8 @@ class Ledger:
         for release in own:
             kind = release.rate, release.noise
             steps[kind] = steps.get(kind, 0) + release.steps
-        return composed(tuple(sorted((*kind, count) for kind, count in steps.items())), delta)
+        kinds = sorted((*kind, count) for kind, count in steps.items())
+        return composed(tuple((Sampling("coins", 1, r), n, c) for r, n, c in kinds), delta)[0]
 
 
 class Ledgers(Protocol):

@@ -42,6 +42,8 @@ SAMPLES = {
     "privacy/record": "record(noise_multiplier=1.0)",
     "privacy/user": "user(noise_multiplier=1.0)",
     "schedules/inversion": "inversion(buffered)",
+    "search/optuna": "optuna(maximize='a')",
+    "search/random": "random(maximize='a')",
 }
 """Specs of the methods that have required fields."""
 
@@ -63,6 +65,7 @@ NO_PAPER = {
         "latency/none",
         "latency/lognormal",
         "availability/always",
+        "search/random",
     ),
 }
 """Methods whose first line says what they are instead of citing a paper."""

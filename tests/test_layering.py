@@ -19,7 +19,17 @@ from fedpeft.spec import build, names
 ROOT = Path(fedpeft.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 FAMILIES = sorted(set(PARTS.values()) | {"presets"})
-HEAVY = {"torch", "transformers", "peft", "datasets", "flwr", "opacus", "ray", "tensorboard"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "flwr",
+    "opacus",
+    "optuna",
+    "ray",
+    "tensorboard",
+}
 LIGHT = [
     *("types", "errors", "spec", "fields", "plan", "federation", "tensors", "rng", "wire"),
     *(

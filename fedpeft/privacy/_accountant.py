@@ -24,7 +24,7 @@ _GRIDS = 2.0**-20, 2.0**-10
 """The finest and the coarsest step of privacy losses; they are rounded up, so a bound remains."""
 _FINE = 4e-3
 """The step over epsilon, for one round; the roundings of many add up."""
-_HOPELESS = 1000.0
+HOPELESS = 1000.0
 """Above, RDP's epsilon will do: it bounds PLD's, which would take all memory."""
 _NEAR = 0.99
 """How near to the target epsilon is at the least noise with four digits."""
@@ -56,28 +56,28 @@ def relation(sampling: Sampling) -> str:
 @lru_cache(maxsize=4096)
 def epsilon(sampling: Sampling, noise_multiplier: float, rounds: int, delta: float) -> float:
     """Return the epsilon of so many rounds at ``delta``."""
-    rounds = _felt(sampling, rounds)
+    rounds = felt(sampling, rounds)
     if rounds == 0:
         return 0.0
-    rough = renyi(_uncapped(sampling), noise_multiplier, rounds, delta) or 0.0
-    if accountant(sampling) == "RDP" or rough > _HOPELESS:
+    rough = renyi(uncapped(sampling), noise_multiplier, rounds, delta) or 0.0
+    if accountant(sampling) == "RDP" or rough > HOPELESS:
         return rough
-    step = _grid(rough, rounds)
+    step = grid(rough, rounds)
     if _is_gaussian(sampling):
-        return by_library(_several(sampling, noise_multiplier, rounds, step), delta)
+        return by_library(several(sampling, noise_multiplier, rounds, step), delta)
     return _rounds(sampling, noise_multiplier, step).epsilon(rounds, delta)
 
 
 def _roughly(sampling: Sampling, noise_multiplier: float, rounds: int, delta: float) -> float:
     """Return about the epsilon by PLD, a part in a thousand above it, in a fraction of the time."""
-    rough = renyi(_uncapped(sampling), noise_multiplier, rounds, delta) or 0.0
-    if rough > _HOPELESS:
+    rough = renyi(uncapped(sampling), noise_multiplier, rounds, delta) or 0.0
+    if rough > HOPELESS:
         return rough
-    step = _COARSER * _grid(rough, rounds)
+    step = _COARSER * grid(rough, rounds)
     return Rounds(_one_round(sampling, noise_multiplier, step), exact=False).epsilon(rounds, delta)
 
 
-def _several(sampling: Sampling, noise_multiplier: float, rounds: int, step: float) -> Any:
+def several(sampling: Sampling, noise_multiplier: float, rounds: int, step: float) -> Any:
     """Return the privacy losses of so many rounds."""
     if _is_gaussian(sampling):
         return _one_round(sampling, noise_multiplier / math.sqrt(rounds), step)
@@ -89,7 +89,7 @@ def _is_gaussian(sampling: Sampling) -> bool:
     return sampling.kind == "turns" or (sampling.size is None and sampling.rate == 1)
 
 
-def _felt(sampling: Sampling, rounds: int) -> int:
+def felt(sampling: Sampling, rounds: int) -> int:
     """Return in how many of the rounds one client may be."""
     return rounds if sampling.most is None else min(rounds, sampling.most)
 
@@ -125,31 +125,7 @@ def _one_round(sampling: Sampling, noise_multiplier: float, step: float) -> Any:
     )
 
 
-@lru_cache(maxsize=256)
-def composed(steps: tuple[tuple[float, float, int], ...], delta: float) -> float:
-    """Return the epsilon of steps of several kinds, all together, by PLD.
-
-    Each kind is the chance of a unit to be in a step, the noise multiplier, and how many there are.
-    """
-    if not steps:
-        return 0.0
-    from dp_accounting.pld import privacy_loss_distribution as losses
-    from dp_accounting.rdp import compute_epsilon
-
-    kinds = [(Sampling("coins", 1, rate), noise, count) for rate, noise, count in steps]
-    each = [(_one_round_s_rdp(sampling, noise), count) for sampling, noise, count in kinds]
-    orders = each[0][0][0]
-    rough = float(compute_epsilon(orders, sum(count * one for (_, one), count in each), delta)[0])
-    if rough > _HOPELESS:
-        return rough
-    step = _grid(rough, sum(count for *_, count in steps))
-    found = losses.identity(value_discretization_interval=step)
-    for sampling, noise, count in kinds:
-        found = found.compose(_several(sampling, noise, count, step))
-    return float(found.get_epsilon_for_delta(delta))
-
-
-def _grid(rough: float, steps: int) -> float:
+def grid(rough: float, steps: int) -> float:
     """Return the step of privacy losses at which so many roundings change little."""
     finest, coarsest = _GRIDS
     step = 2.0 ** math.floor(math.log2(max(rough, 1e-9) * _FINE / math.sqrt(steps)))
@@ -163,12 +139,12 @@ def renyi(sampling: Sampling, noise_multiplier: float, rounds: int, delta: float
 
     if sampling.kind == "coins" and sampling.size is not None:
         return None
-    orders, one = _one_round_s_rdp(sampling, noise_multiplier)
-    return float(compute_epsilon(orders, _felt(sampling, rounds) * one, delta)[0])
+    orders, one = one_round_s_rdp(sampling, noise_multiplier)
+    return float(compute_epsilon(orders, felt(sampling, rounds) * one, delta)[0])
 
 
 @lru_cache(maxsize=1024)
-def _one_round_s_rdp(sampling: Sampling, noise_multiplier: float) -> tuple[Any, Any]:
+def one_round_s_rdp(sampling: Sampling, noise_multiplier: float) -> tuple[Any, Any]:
     """Return orders, and one round's Renyi divergence of each."""
     from dp_accounting import NeighboringRelation
     from dp_accounting.rdp import RdpAccountant
@@ -210,7 +186,7 @@ def _calibrated(sampling: Sampling, target: float, rounds: int, delta: float) ->
         return epsilon(sampling, noise, rounds, delta)
 
     def rough(noise: float) -> float:
-        return renyi(_uncapped(sampling), noise, rounds, delta) or 0.0
+        return renyi(uncapped(sampling), noise, rounds, delta) or 0.0
 
     def coarse(noise: float) -> float:
         return _roughly(sampling, noise, rounds, delta)
@@ -229,7 +205,7 @@ def _calibrated(sampling: Sampling, target: float, rounds: int, delta: float) ->
     return float(f"{noise:.6g}")
 
 
-def _uncapped(sampling: Sampling) -> Sampling:
+def uncapped(sampling: Sampling) -> Sampling:
     return replace(sampling, size=None) if sampling.kind == "coins" else sampling
 
 

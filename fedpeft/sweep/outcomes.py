@@ -15,7 +15,8 @@ from fedpeft.sweep.sweep_file import Cell
 class Outcome:
     """What became of a cell: ``done``, ``kept`` (finished before) or ``failed``.
 
-    ``run`` names its folder, ``table`` is the run's final one, ``seconds`` what it took now.
+    ``run`` names its folder, ``table`` is the run's final one, ``seconds`` what it took now. A
+    problem is ``passing`` where it lies with the disk.
     """
 
     cell: Cell
@@ -24,6 +25,7 @@ class Outcome:
     table: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
     seconds: float = 0.0
+    passing: bool = False
 
 
 def as_csv(outcomes: Sequence[Outcome]) -> str:
@@ -40,8 +42,15 @@ def as_csv(outcomes: Sequence[Outcome]) -> str:
 
 def _flat(outcome: Outcome) -> dict[str, Any]:
     row: dict[str, Any] = {**outcome.cell.values, "status": outcome.status, "run": outcome.run}
-    table = outcome.table
-    row |= dict(table.get("last", {}))
-    row |= {f"{n}/{k}": v for n, ms in table.get("rows", {}).items() for k, v in ms.items()}
-    row |= {k: table[k] for k in ("rounds", "up_bytes", "down_bytes", "seconds") if k in table}
+    row |= {k: v for k, v in numbers(outcome.table).items() if "/" in k or k in _SHOWN}
     return row | {"problem": outcome.problem}
+
+
+_SHOWN = ("rounds", "up_bytes", "down_bytes", "seconds")
+
+
+def numbers(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a final table has by name: metrics as ``test/accuracy``, rows, bytes, epsilon."""
+    found = dict(table.get("last", {}))
+    found |= {f"{n}/{k}": v for n, ms in table.get("rows", {}).items() for k, v in ms.items()}
+    return found | {k: v for k, v in table.items() if isinstance(v, int | float)}

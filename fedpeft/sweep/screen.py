@@ -19,14 +19,16 @@ _STYLES = {"failed": "red", "kept": "dim"}
 
 
 class SweepScreen:
-    """Shows a sweep of ``cells``. Use it as a context manager.
+    """Shows a sweep of ``cells``, to which a search adds up to a ``total``. A context manager.
 
     On a terminal its lower part is a table of what is running; elsewhere there are lines alone.
     """
 
-    def __init__(self, cells: list[Cell], console: Console | None = None) -> None:
+    def __init__(
+        self, cells: list[Cell], console: Console | None = None, total: int | None = None
+    ) -> None:
         self._console = console or Console(soft_wrap=True, markup=False, highlight=False)
-        self._cells = cells
+        self._cells, self._total = cells, len(cells) if total is None else total
         self._running: dict[int, tuple[int, int, float]] = {}
         self._counts = {"done": 0, "kept": 0, "failed": 0}
         self._spent, self._began = 0.0, time.monotonic()
@@ -59,13 +61,13 @@ class SweepScreen:
         score = note(outcome.table.get("last", {})) if outcome.table else outcome.problem
         values = told(outcome.cell.values)
         self._console.print(
-            f"{sum(self._counts.values())}/{len(self._cells)} {outcome.status:6} {values}: {score}",
+            f"{sum(self._counts.values())}/{self._total} {outcome.status:6} {values}: {score}",
             style=_STYLES.get(outcome.status, ""),
         )
 
     def shown(self) -> Group:
         """Return what is under way: how many runs have ended, and a row for each that runs."""
-        ended, total = sum(self._counts.values()), len(self._cells)
+        ended, total = sum(self._counts.values()), self._total
         made = self._counts["done"]
         seconds = time.monotonic() - self._began
         left = f", about {_long(seconds / made * (total - ended))} left" if made else ""

@@ -58,6 +58,7 @@ from fedpeft.types.presets import Preset
 from fedpeft.types.privacy import Privacy, Rationed
 from fedpeft.types.sampling import Cohort, Drawn, Sampled, Sampling
 from fedpeft.types.schedules import Converting, Flight, Schedule, Stale, Standing
+from fedpeft.types.search import Point, Range, Search, Space, Trial
 from fedpeft.types.simulation import Availability, Crowd, Latency, Presence, Simulation
 from fedpeft.types.training import Fit, Job, Paced, Personal, Summing, Trainer
 
@@ -98,6 +99,7 @@ __all__ = [
     "Paced",
     "Packet",
     "Partition",
+    "Point",
     "Personal",
     "Population",
     "Presence",
@@ -105,6 +107,7 @@ __all__ = [
     "Privacy",
     "Probing",
     "Ranked",
+    "Range",
     "Rationed",
     "Recalling",
     "Restarting",
@@ -116,11 +119,13 @@ __all__ = [
     "Scalar",
     "Scattered",
     "Schedule",
+    "Search",
     "Sent",
     "ServerOptimizer",
     "Shapes",
     "Simulation",
     "Source",
+    "Space",
     "Splits",
     "Stacked",
     "Stale",
@@ -130,6 +135,7 @@ __all__ = [
     "Task",
     "Tensors",
     "Trainer",
+    "Trial",
     "Update",
     "Weighting",
     "Weights",

@@ -1,0 +1,1 @@
+"""Methods that look for good values of a plan's lines."""
