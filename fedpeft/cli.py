@@ -384,7 +384,7 @@ def gain(
     """Train alone on this site's records; tell what a run has gained it. It stays at the site."""
     from fedpeft.deployment.client_file import load_client
     from fedpeft.gain import gain as compare
-    from fedpeft.report import statements, table
+    from fedpeft.site_report import statements, table
 
     found = compare(load_client(file), run, lambda text: typer.echo(text, err=True))
     for line in (*table(found.report), "", *statements(found.report)):

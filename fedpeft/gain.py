@@ -7,8 +7,8 @@ from typing import Any
 
 from fedpeft.deployment.client_file import ClientFile
 from fedpeft.errors import RunError, SiteError
-from fedpeft.report import table
 from fedpeft.results import Kept, find
+from fedpeft.site_report import table
 
 Tell = Callable[[str], None]
 
@@ -50,9 +50,9 @@ def _compared(file: ClientFile, found: Kept, tell: Tell) -> tuple[dict[str, Any]
     import torch
 
     from fedpeft.plan import Plan
-    from fedpeft.report import finite, measured, paired, trained_alone
     from fedpeft.scattered import held_by
     from fedpeft.site import Site
+    from fedpeft.site_report import finite, measured, paired, trained_alone
 
     adapters, about = found.about
     client, plan = str(about["client"]), Plan.from_lines(about["lines"])

@@ -34,7 +34,7 @@ from fedpeft.errors import FedPeftError, RunError, SiteError, TrainError
 from fedpeft.json_lines import mapping
 from fedpeft.memory import NEVER, Memory
 from fedpeft.plan import Plan
-from fedpeft.report import Adapters, as_text, measured
+from fedpeft.site_report import Adapters, as_text, measured
 from fedpeft.tensor_file import read_tensor_file, write_tensor_file
 from fedpeft.tensors import is_finite, prefixed, select
 from fedpeft.types import Tensors

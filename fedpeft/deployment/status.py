@@ -119,7 +119,7 @@ def _run_row(run: Submission) -> dict[str, Any]:
 
 def _of_results(row: dict[str, Any]) -> Iterator[str]:
     """Yield which sites lack the result of a run that is over, and what they tell of their gain."""
-    from fedpeft.report import difference
+    from fedpeft.site_report import difference
 
     for site, about in row.get("results", {}).items():
         if not about["kept"] and row["state"] == "finished":

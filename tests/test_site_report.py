@@ -8,8 +8,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from fedpeft.report import Adapters, as_text, difference, measured, paired, statements, table
 from fedpeft.site import Site
+from fedpeft.site_report import Adapters, as_text, difference, measured, paired, statements, table
 from fedpeft.types import Metrics, Tensors
 
 ONE, OTHER = {"w": np.zeros(1)}, {"w": np.ones(1)}
