@@ -13,9 +13,9 @@ import pytest
 
 from fedpeft.errors import PlanError, RunError
 from fedpeft.preflight import check
+from fedpeft.significance import paired
 from fedpeft.spec import names
 from simulations._study import store as stores
-from simulations._study.interval import paired
 from simulations._study.store import Run, Store
 from simulations.compression import __main__ as command
 from simulations.compression import _pieces, _plans, _report, _work

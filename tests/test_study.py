@@ -1,4 +1,4 @@
-"""``simulations/_study``: what is kept of a run, and intervals of paired differences."""
+"""``simulations/_study``: what is kept of a run."""
 
 from __future__ import annotations
 
@@ -13,46 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from fedpeft import simulate
 from fedpeft.federation import Federation, deal
 from fedpeft.preflight import check
 from fedpeft.spec import build
 from fedpeft.types import Splits
-from simulations._study import command, interval, runs, summary
+from simulations._study import command, runs, summary
 from simulations._study import store as stores
 from simulations._study.clock import Clock
 from tests.tiny import support_plan
 from tests.waiting import HANGS
-
-
-@pytest.mark.parametrize(
-    ("degrees", "wanted"), [(1, 12.706205), (2, 4.302653), (4, 2.776445), (30, 2.042272)]
-)
-def test_widths_are_those_of_tables(degrees: int, wanted: float) -> None:
-    differences = list(np.random.default_rng(0).normal(0.3, 1, degrees + 1))
-    found, error = interval.paired(differences), np.std(differences, ddof=1) / (degrees + 1) ** 0.5
-    assert (found.high - found.mean) / error == pytest.approx(wanted, abs=1e-6)
-
-
-def test_intervals_are_those_of_a_paired_test() -> None:
-    rng = np.random.default_rng(0)
-    for count in range(2, 12):
-        for level in (0.5, 0.95, 0.999):
-            left, right = rng.normal(0.3, 1, count), rng.normal(0, 1, count)
-            wanted = stats.ttest_rel(left, right).confidence_interval(level)
-            found = interval.paired(list(left - right), level)
-            assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
-            assert found.mean == pytest.approx((left - right).mean())
-
-
-def test_verdicts() -> None:
-    assert interval.Interval(1.0, -0.1, 2.1).verdict == "no difference"
-    assert interval.Interval(1.0, 0.1, 1.9).verdict == "higher"
-    assert interval.Interval(-1.0, -1.9, -0.1).verdict == "lower"
-    with pytest.raises(ValueError, match="1 paired differences"):
-        interval.paired([0.3])
 
 
 def test_held_out_records_are_pooled_over_clients() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from simulations._study.interval import Interval, paired
+from fedpeft.significance import Interval, paired
 from simulations._study.store import Run, Store
 from simulations.compression._pieces import Piece
 from simulations.compression._plans import Task

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
 from fedpeft.durable import replace_file
-from simulations._study.interval import paired
+from fedpeft.significance import paired
 from simulations._study.store import Run, Store
 from simulations._study.summary import spread
 from simulations.lateness import _pieces, _plot

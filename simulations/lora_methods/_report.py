@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator
 
 from fedpeft.durable import replace_file
-from simulations._study.interval import paired
+from fedpeft.significance import paired
 from simulations._study.store import Store, missing
 from simulations._study.summary import spread
 from simulations.lora_methods import _plans, _plot

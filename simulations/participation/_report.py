@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedpeft.durable import replace_file
-from simulations._study.interval import paired
+from fedpeft.significance import paired
 from simulations._study.store import Run, Store
 from simulations._study.summary import spread
 from simulations.participation import _plans, _plot
