@@ -14,7 +14,6 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,8 @@ from fastapi import FastAPI, Header, Query
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from fedpeft.dashboard import prometheus, shown
-from fedpeft.dashboard.guard import Guard, Tell, policy
+from fedpeft.dashboard.document import document, part, policy
+from fedpeft.dashboard.guard import Guard, Tell
 from fedpeft.dashboard.runs import Runs
 from fedpeft.errors import RunError
 
@@ -148,10 +148,7 @@ def _answer(content: dict[str, Any], known: str) -> Response:
 
 def _page() -> tuple[str, str]:
     """Return the page in one piece, and the policy under which only its own texts run."""
-    folder = files(__package__)
-    style, script, page = (
-        folder.joinpath(f"page.{kind}").read_text(encoding="utf-8")
-        for kind in ("css", "js", "html")
-    )
-    whole = page.replace("/* page.css */", style).replace("/* page.js */", script)
-    return whole, policy([script], [style])
+    style, page = part("page.css"), part("page.html").replace("<!-- run.html -->", part("run.html"))
+    script = "".join(map(part, ("charts.js", "run.js", "page.js")))
+    rules = policy([script], [style], connect="'self'")
+    return document(page, style, script), f"{rules}; frame-ancestors 'none'"

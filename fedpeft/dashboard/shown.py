@@ -74,6 +74,7 @@ _CHARTS = (
         "L2",
         {"update_norm": "mean", "update_norm_max": "largest", "clip": "clip"},
     ),
+    Chart("Agreement of updates", "cosine", {"update_cosine": "mean between clients"}, zero=False),
     Chart("Staleness", "versions", {"staleness": "mean", "staleness_most": "most"}),
 )
 
