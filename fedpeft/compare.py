@@ -67,15 +67,19 @@ def table(found: Sequence[Column]) -> Iterator[tuple[str, list[str]]]:
     for name in sorted(metrics):
         yield _row(name, found, _metric(name), _form(name))
     yield "rounds", [_rounds(column) for column in found]
-    yield _row("MB up", found, lambda run: run.up_bytes / 1e6, "{:,.2f}")
-    yield _row("MB down", found, lambda run: run.down_bytes / 1e6, "{:,.2f}")
+    yield _row("MB up", found, lambda run: _mega(run.up_bytes), "{:,.2f}")
+    yield _row("MB down", found, lambda run: _mega(run.down_bytes), "{:,.2f}")
     for whom in sorted({whom for column in found for run in column.runs for whom in run.spent}):
         yield _row(whom, found, _spent(whom), "{:.3f}")
     yield _row("seconds", found, lambda run: run.seconds, "{:,.1f}")
 
 
+def _mega(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
+
+
 def _metric(name: str) -> Callable[[PastRun], float | None]:
-    scale = 100.0 if _is_share(name) else 1.0
+    scale = 100.0 if is_share(name) else 1.0
     return lambda run: run.metrics[name] * scale if name in run.metrics else None
 
 
@@ -83,12 +87,13 @@ def _spent(whom: str) -> Callable[[PastRun], float | None]:
     return lambda run: run.spent.get(whom)
 
 
-def _is_share(name: str) -> bool:
+def is_share(name: str) -> bool:
+    """Return whether a metric is a share, shown in per cent."""
     return name.rpartition("/")[2].removesuffix("_worst_decile") in _PERCENT
 
 
 def _form(name: str) -> str:
-    return "{:.2f} %" if _is_share(name) else "{:.4f}"
+    return "{:.2f} %" if is_share(name) else "{:.4f}"
 
 
 def _row(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ _SPENT = {"epsilon": "epsilon of users", "epsilon_record": "epsilon of records"}
 class PastRun:
     """A run, by the ``lines`` of its plan and how it stood when it was read.
 
-    ``metrics`` are those of the last round that was evaluated, bytes are of the whole run, and
-    ``spent`` is the privacy spent, by whom it protects. ``seconds`` are those of its rounds.
+    ``metrics`` are those of the last round that was evaluated, ``curves`` those of all, as pairs of
+    a round, the first is 1, and a value. Bytes and ``seconds`` are of all rounds; ``None`` where
+    the ledger does not tell them, as under a promise. ``spent`` is privacy, by whom it protects.
     """
 
     path: Path
@@ -28,10 +29,18 @@ class PastRun:
     rounds: int
     finished: bool
     metrics: Mapping[str, float]
-    up_bytes: int
-    down_bytes: int
-    seconds: float
+    up_bytes: int | None
+    down_bytes: int | None
+    seconds: float | None
     spent: Mapping[str, float]
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+
+    @property
+    def megabytes(self) -> float | None:
+        """What travelled both ways, for evaluation apart."""
+        if self.up_bytes is None or self.down_bytes is None:
+            return None
+        return (self.up_bytes + self.down_bytes) / 1e6
 
 
 def read_runs(paths: list[Path]) -> list[PastRun]:
@@ -69,19 +78,35 @@ def read_run(path: Path) -> PastRun:
         rounds=len(history),
         finished=bool(table),
         metrics={name: value for name, value in last.items() if _is_number(value)},
-        up_bytes=sum(line.get("up_bytes", 0) for line in history),
-        down_bytes=sum(line.get("down_bytes", 0) for line in history),
-        seconds=float(sum(line.get("seconds", 0.0) for line in history)),
+        up_bytes=_total(history, "up_bytes"),
+        down_bytes=_total(history, "down_bytes"),
+        seconds=_total(history, "seconds"),
         spent={whom: spent[name] for name, whom in _SPENT.items() if _is_number(spent.get(name))},
+        curves=_curves(history),
     )
+
+
+def _total(history: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """Return the sum over rounds; ``None`` where no round tells it."""
+    told = [line[name] for line in history if _is_number(line.get(name))]
+    return sum(told) if told else None
+
+
+def _curves(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for number, line in enumerate(history, 1):
+        for name, value in line.items():
+            if (name == "loss" or "/" in name) and _is_number(value):
+                found.setdefault(name, []).append((number, float(value)))
+    return found
 
 
 def _table(path: Path) -> Mapping[str, Any]:
     if not path.exists():
         return {}
     found = mapping(path.read_bytes())
-    if found is None:
-        raise RunError(f"{path}: is no final table; take it away and say --resume")
+    if found is None or not isinstance(found.get("last"), dict):
+        raise RunError(f"{path}: is no final table of this version; take it away and say --resume")
     return found
 
 
