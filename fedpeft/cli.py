@@ -165,6 +165,22 @@ def compare(
     show_columns([column.name for column in columns], dict(comparing.table(columns)))
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a run, or a sweep's folder")],
+    out: Annotated[Path | None, typer.Option(help="new folder [default: DIR/report]")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace a report that is there")
+    ] = False,
+) -> None:
+    """Write a page in one file, plots and tables about a run or a sweep."""
+    from fedpeft.reporting.command import report as write
+
+    page = write(folder, out, lambda text: typer.echo(f"warning: {text}", err=True),
+                 overwrite=overwrite)  # fmt: skip
+    typer.echo(str(page))
+
+
 @app.command("eval")
 def evaluate(
     folder: Exported,

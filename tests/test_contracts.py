@@ -23,7 +23,9 @@ from fedpeft.plan import PARTS
 from fedpeft.spec import PROTOCOLS, build, describe, names
 
 ROOT = Path(fedpeft.__file__).parent
-OTHER_FOLDERS = {"dashboard", "deployment", "flower", "models", "sweep", "types", "warm"}
+OTHER_FOLDERS = {
+    *("dashboard", "deployment", "flower", "models", "reporting", "sweep", "types", "warm"),
+}
 """Folders of the package that hold no methods of a plan."""
 
 SAMPLES = {

@@ -1,0 +1,1 @@
+"""Reports about runs and sweeps: a page in one file, plots and tables."""

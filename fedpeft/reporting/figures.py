@@ -1,0 +1,189 @@
+"""Plots for papers, as PNG and SVG: what the page shows, in the same colours."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedpeft.reporting import scores
+from fedpeft.reporting.points import Point, Sweep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#0072b2", "#c4500a", "#00825f", "#a8578a", "#6b6b00", "#3d4a5c")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_DASHES = ("-", "--", ":", "-.", (0, (3, 1)), (0, (8, 2)))
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedpeft",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e3e7ec",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#7a8796",
+    "axes.labelcolor": "#1b2430",
+    "xtick.color": "#3d4a5c",
+    "ytick.color": "#3d4a5c",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+}
+_SIZE, _DPI = (4.6, 3.1), 200
+_MOST_DOTS = 25
+
+
+def of_run(told: Mapping[str, Any], folder: Path) -> list[str]:
+    """Write a plot for each chart of a run's page; return their names."""
+    return [_save(figure, folder, title) for title, figure in _charts(told)]
+
+
+def of_sweep(told: Mapping[str, Any], sweep: Sweep, folder: Path) -> list[str]:
+    """Write plots of the first score against each cost; return their names."""
+    if not told["metrics"]:
+        return []
+    metric = told["metrics"][0]
+    costs: dict[str, Any] = {whom: _spender(whom) for whom in told["protected"]}
+    if any(scores.megabytes(point) for point in sweep.points):
+        costs["megabytes"] = scores.megabytes
+    return [
+        _save(_frontier(sweep, metric, cost, of), folder, f"score against {cost}")
+        for cost, of in costs.items()
+    ]
+
+
+def _spender(whom: str) -> Any:
+    def of(point: Point) -> float:
+        found = scores.epsilon(point, whom)
+        return math.inf if found is None else found
+
+    return of
+
+
+def _charts(told: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
+    from matplotlib.ticker import MaxNLocator
+
+    columns = told["columns"]
+    for chart in told["charts"]:
+        figure, axes = _empty()
+        across = columns[chart.get("key", "round")]
+        for at, series in enumerate(chart["series"]):
+            values = columns[series["column"]]
+            pairs = [
+                (x + 1, y * chart["scale"])
+                for x, y in zip(across, values, strict=False)
+                if y is not None
+            ]
+            marker = _MARKERS[at % 6] if len(pairs) <= _MOST_DOTS else ""
+            axes.plot(*zip(*pairs, strict=True), color=_COLOURS[at % 6], linestyle=_DASHES[at % 6],
+                      marker=marker, markersize=3.5, label=series["label"])  # fmt: skip
+        if chart["zero"]:
+            axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(chart.get("across", "round"))
+        unit = f" ({chart['unit']})" if chart["unit"] else ""
+        axes.set_ylabel(f"{chart['title']}{unit}")
+        if len(chart["series"]) > 1:
+            axes.legend()
+        yield chart["title"], figure
+
+
+def _frontier(sweep: Sweep, metric: Mapping[str, Any], cost: str, of: Any) -> Figure:
+    """Draw the score of each point, a line through the best of each value of the first axis."""
+    figure, axes = _empty()
+    name, scale, sign = metric["name"], metric["scale"], 1.0 if metric["higher"] else -1.0
+    members = scores.front(sweep, name).members
+    axis = sweep.axes[0] if sweep.axes else None
+    found = [
+        (at, point, float(x), score)
+        for at, point in enumerate(sweep.points)
+        if (score := scores.score(point.scores(name))) is not None and (x := of(point)) is not None
+    ]
+    known = [x for _, _, x, _ in found if x < math.inf]
+    far = max(known, default=1.0) * 1.9
+    values = list(dict.fromkeys(p.values[axis] if axis else "" for _, p, _, _ in found))
+    for colour, value in enumerate(values):
+        own = [each for each in found if not axis or each[1].values[axis] == value]
+        own.sort(key=lambda each: (each[2], -sign * each[3].mean))
+        best, kept = -math.inf, []
+        for each in own:
+            if sign * each[3].mean > best:
+                best = sign * each[3].mean
+                kept.append(each)
+        _draw(axes, kept, own, [members[each[0]] for each in own], far, scale, colour, value)
+    axes.set_xscale("log")
+    _ticks(axes, known, far if len(known) < len(found) else None)
+    axes.set_xlabel(
+        "MB up and down, a run" if cost == "megabytes" else f"{cost} at the end of a run"
+    )
+    axes.set_ylabel(metric["label"] + (f" ({metric['unit']})" if metric["unit"] else ""))
+    if axis and len(values) > 1:
+        axes.legend(title=axis, title_fontsize=8)
+    return figure
+
+
+def _draw(
+    axes: Axes,
+    kept: Sequence[Any],
+    own: Sequence[Any],
+    members: Sequence[bool],
+    far: float,
+    scale: float,
+    colour: int,
+    label: str,
+) -> None:
+    tint, marker = _COLOURS[colour % 6], _MARKERS[colour % 6]
+
+    def place(some: Sequence[Any]) -> tuple[list[float], list[float]]:
+        return [min(each[2], far) for each in some], [scale * each[3].mean for each in some]
+
+    axes.scatter(*place(own), s=10, color=tint, alpha=0.3, marker=marker, linewidths=0)
+    axes.plot(*place(kept), color=tint, linestyle=_DASHES[colour % 6], label=label or None,
+              marker=marker, markersize=4.5, markerfacecolor="white")  # fmt: skip
+    if (banded := [each for each in kept if each[3].band]) and len(banded) > 1:
+        low, high = ([scale * each[3].band[end] for each in banded] for end in (0, 1))
+        axes.fill_between(place(banded)[0], low, high, color=tint, alpha=0.14, linewidth=0)
+    front = [each for each, member in zip(own, members, strict=True) if member]
+    axes.scatter(*place(front), s=24, color=tint, marker=marker, zorder=3)
+
+
+def _ticks(axes: Axes, known: Sequence[float], far: float | None) -> None:
+    """Label the axis below with plain numbers, and what has no promise as that."""
+    from matplotlib.ticker import NullLocator
+
+    low, high = min(known, default=1.0), max(known, default=10.0)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    marks = [m * 10.0**power for power in powers for m in (1, 2, 5)]
+    marks = [mark for mark in marks if low / 1.05 <= mark <= high * 1.05]
+    step = math.ceil(len(marks) / 7) or 1
+    at = [(mark, f"{mark:g}") for mark in marks[::step]] + ([(far, "none")] if far else [])
+    axes.set_xticks([mark for mark, _ in at], [text for _, text in at])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _empty() -> tuple[Figure, Axes]:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Made
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Made(figsize=_SIZE, layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure, figure.subplots()
+
+
+def _save(figure: Figure, folder: Path, title: str) -> str:
+    import matplotlib
+
+    name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(folder / f"{name}.png", dpi=_DPI)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    return name
