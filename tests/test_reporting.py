@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import re
 import resource
 import statistics
@@ -21,10 +22,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedpeft.errors import RunError
+from fedpeft.past_run import PastRun
 from fedpeft.reporting import command, scores
 from fedpeft.reporting.command import report
 from fedpeft.reporting.page import as_data
-from fedpeft.reporting.points import Sweep, problems, read_points, reason
+from fedpeft.reporting.points import Point, Sweep, Trial, problems, read_points, reason
 from fedpeft.significance import holm
 from tests.reported import HOSTILE, PRIVATE, lay, line, score, sweep
 
@@ -171,16 +173,26 @@ def test_effects_have_one_difference_for_each_seed(told: Path) -> None:
     assert float(row["p"]) == pytest.approx(stats.ttest_1samp(each, 0.0).pvalue)
 
 
-costs = st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), max_size=12)
+def _past(score: int, epsilon: int, sent: int) -> PastRun:
+    spent = {"epsilon of users": float(epsilon)} if epsilon else {}
+    metrics = {"test/accuracy": float(score)}
+    return PastRun(Path("x"), {}, 1, True, metrics, 1_000_000 * sent, 0, 1.0, spent)
 
 
-@given(costs)
-def test_the_front_is_that_of_brute_force(rows: list[list[int]]) -> None:
-    def beats(a: list[int], b: list[int]) -> bool:
+@given(st.lists(st.tuples(*[st.integers(0, 4)] * 3), max_size=12))
+def test_the_front_is_that_of_brute_force(given: list[tuple[int, int, int]]) -> None:
+    points = [
+        Point({"a": str(at)}, [Trial("0", "finished", "x", _past(*each))])
+        for at, each in enumerate(given)
+    ]
+    prices = [(-score, epsilon or math.inf, sent) for score, epsilon, sent in given]
+
+    def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
         return all(x <= y for x, y in zip(a, b, strict=True)) and a != b
 
-    wanted = [i for i, row in enumerate(rows) if not any(beats(other, row) for other in rows)]
-    assert scores.undominated(rows) == wanted
+    wanted = [not any(beats(other, each) for other in prices) for each in prices]
+    found = scores.front(Sweep(Path("s"), ["a"], points), "test/accuracy")
+    assert list(found.members) == wanted
 
 
 def test_the_front_is_by_all_objectives_that_are_known(runs: Path) -> None:

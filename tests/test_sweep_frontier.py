@@ -80,3 +80,11 @@ def test_a_loss_is_better_when_it_is_less(folder: Path) -> None:
     found = frontier(points, "test/loss")
     assert [p.column.line("m") for p in found][-2:] == ["private", "records"]
     assert found[0].score == pytest.approx(0.15)
+
+
+def test_bytes_that_a_private_run_does_not_tell_make_it_no_cheaper(folder: Path) -> None:
+    run_folder(folder / "p0", {"m": "secret", "seed": 0}, 0.55, epsilon=3.6)
+    points = list(points_of(read_runs([folder]), "test/accuracy"))
+    secret = next(p for p in points if p.column.line("m") == "secret")
+    assert secret.megabytes is None
+    assert secret not in frontier(points, "test/accuracy")

@@ -8,12 +8,10 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from fedpeft.evaluation import is_better
 from fedpeft.past_run import PastRun
 from fedpeft.reporting.points import LOSS, Point, Sweep
 from fedpeft.significance import Interval, holm, interval, p_value, paired
+from fedpeft.sweep.frontier import costs, pareto
 
 _FIRST = ("accuracy", "f1", "token_accuracy", "loss", "perplexity")
 _PLACES = ("test", "clients", "personal")
@@ -66,8 +64,9 @@ def megabytes(point: Point) -> float | None:
 
 
 def epsilon(point: Point, whom: str) -> float | None:
-    """Return what is spent at the end of a run, the mean over seeds; ``None`` without a promise."""
-    return mean([run.spent.get(whom) for run in point.finished.values()])
+    """Return what is spent at the end of a run, the most over seeds; ``None`` of no promise."""
+    known = [run.spent.get(whom) for run in point.finished.values()]
+    return None if None in known else max((value for value in known if value), default=None)
 
 
 def protected(sweep: Sweep) -> list[str]:
@@ -86,38 +85,18 @@ class Front:
 
 
 def front(sweep: Sweep, metric: str) -> Front:
-    """Return the Pareto front by mean score, epsilon and megabytes.
-
-    A point without a promise has an infinite epsilon. Megabytes count where every point tells
-    them: private runs do not.
-    """
-    sign = 1.0 if is_better(metric, 0.0, 1.0) else -1.0
-    scored = [score(point.scores(metric)) for point in sweep.points]
-    there = [at for at, found in enumerate(scored) if found is not None]
-    costs = [[sign * found.mean for found in scored if found is not None]]
-    named = [metric]
-    for whom in protected(sweep):
-        spent = [epsilon(sweep.points[at], whom) for at in there]
-        costs.append([math.inf if value is None else value for value in spent])
-        named.append(whom)
-    sent = [megabytes(sweep.points[at]) for at in there]
-    if (known := [value for value in sent if value is not None]) and len(known) == len(sent):
-        costs.append(known)
-        named.append("megabytes")
-    best = {there[at] for at in undominated(list(zip(*costs, strict=True)))}
-    return Front(metric, named, [at in best for at in range(len(sweep.points))])
-
-
-def undominated(costs: Sequence[Sequence[float]]) -> list[int]:
-    """Return which rows no other row beats: at most as much everywhere, less somewhere."""
-    if not costs:
-        return []
-    table = np.asarray(costs, np.float64)
-    return [
-        at
-        for at, row in enumerate(table)
-        if not ((table <= row).all(axis=1) & (table < row).any(axis=1)).any()
-    ]
+    """Return the Pareto front by mean score, epsilon and megabytes; see ``frontier.costs``."""
+    means = [score(point.scores(metric)) for point in sweep.points]
+    there = [at for at, found in enumerate(means) if found is not None]
+    whom = protected(sweep)
+    each = []
+    for at in there:
+        point, found = sweep.points[at], means[at]
+        spent = {name: value for name in whom if (value := epsilon(point, name)) is not None}
+        each.append((found.mean if found else math.nan, spent, megabytes(point)))
+    by = costs(each, metric)
+    best = {there[at] for at in pareto(list(zip(*by.values(), strict=True)))}
+    return Front(metric, list(by), [at in best for at in range(len(sweep.points))])
 
 
 @dataclass(frozen=True, slots=True)

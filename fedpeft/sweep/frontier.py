@@ -25,13 +25,14 @@ class Point:
     """Finished runs of one plan.
 
     ``scores`` has the metric of each, ``spent`` the largest epsilon by whom it protects (nothing
-    where a run promises nothing), ``megabytes`` are those of a run, up and down.
+    where a run promises nothing), ``megabytes`` are those of a run, up and down; ``None`` where its
+    ledger does not tell them, as under a promise.
     """
 
     column: Column
     scores: tuple[float, ...]
     spent: Mapping[str, float]
-    megabytes: float
+    megabytes: float | None
 
     @property
     def score(self) -> float:
@@ -65,29 +66,45 @@ def points_of(runs: Sequence[PastRun], metric: str) -> Iterator[Point]:
     for column in columns([run for run in runs if run.finished and metric in run.metrics]):
         each = column.runs
         shared = set.intersection(*({*run.spent} for run in each))
+        sent = [run.megabytes for run in each if run.megabytes is not None]
         yield Point(
             column,
             tuple(run.metrics[metric] for run in each),
             {whom: max(run.spent[whom] for run in each) for whom in sorted(shared)},
-            statistics.fmean((run.up_bytes + run.down_bytes) / 1e6 for run in each),
+            statistics.fmean(sent) if sent else None,
         )
 
 
 def frontier(points: Sequence[Point], metric: str) -> list[Point]:
     """Return the points that no other dominates in score, epsilon and megabytes; best score first.
 
-    Promises to different units (users, records) are not compared with each other: one that a point
-    does not make counts as an endless epsilon.
+    See :func:`costs`.
     """
     from fedpeft.evaluation import is_better
 
     sign = -1.0 if is_better(metric, 1.0, 0.0) else 1.0
-    whom = sorted({name for point in points for name in point.spent})
-    costs = [
-        (sign * p.score, *(p.spent.get(name, math.inf) for name in whom), p.megabytes)
-        for p in points
-    ]
-    return sorted((points[i] for i in pareto(costs)), key=lambda p: sign * p.score)
+    each = [(point.score, point.spent, point.megabytes) for point in points]
+    found = pareto(list(zip(*costs(each, metric).values(), strict=True)))
+    return sorted((points[i] for i in found), key=lambda p: sign * p.score)
+
+
+def costs(
+    points: Sequence[tuple[float, Mapping[str, float], float | None]], metric: str
+) -> dict[str, list[float]]:
+    """Return by what points are compared, each by name; less is better in all.
+
+    A point is its score, the epsilon spent by whom it protects, and megabytes. Promises to
+    different units (users, records) are not compared with each other: one that a point does not
+    make counts as an endless epsilon. Megabytes count where every point tells them.
+    """
+    from fedpeft.evaluation import is_better
+
+    sign = -1.0 if is_better(metric, 1.0, 0.0) else 1.0
+    found = {metric: [sign * score for score, _, _ in points]}
+    for whom in sorted({name for _, spent, _ in points for name in spent}):
+        found[whom] = [spent.get(whom, math.inf) for _, spent, _ in points]
+    sent = [megabytes for _, _, megabytes in points if megabytes is not None]
+    return found | ({"megabytes": sent} if len(sent) == len(points) else {})
 
 
 def usual_metric(runs: Iterable[PastRun]) -> str | None:
