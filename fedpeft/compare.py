@@ -13,7 +13,7 @@ from fedpeft.past_run import PastRun
 from fedpeft.plan import Plan
 from fedpeft.spec import describe
 
-_WORDLESS = ("out", "seed")
+_WORDLESS = ("out", "seed", "track")
 _PERCENT = ("accuracy", "f1")
 
 

@@ -20,4 +20,5 @@ DEFAULTS: Mapping[str, str] = {
     "schedule": "sync",
     "availability": "always",
     "latency": "none",
+    "track": "none",
 }

@@ -11,7 +11,6 @@ from typing import Any
 
 from fedpeft.attendance import Attendance
 from fedpeft.baselines import compare
-from fedpeft.board import Board
 from fedpeft.checkpoint import Checkpoint
 from fedpeft.closing import Result as Closing
 from fedpeft.engine._base import Engine, Handing, Stage
@@ -31,7 +30,8 @@ from fedpeft.scattered import is_scattered
 from fedpeft.site import Site, encode
 from fedpeft.spec import build
 from fedpeft.state import start
-from fedpeft.types import Metrics, Simulation, Tensors
+from fedpeft.tracking import Trackers
+from fedpeft.types import Metrics, Simulation, Tensors, Tracked
 from fedpeft.watching import Line, Quiet, Watch
 
 Posted = Callable[[Engine, int], Post]
@@ -147,8 +147,8 @@ def drive(
     run.resend(at)
     run.history = list(folder.history()) if folder else []
     watch.begin(plan, at.state.round)
-    with contextlib.closing(Board(folder, at.state.round)) as board:
-        at = _rounds(run, at, board)
+    with Trackers(plan.track, _tracked(run), watch.warn) as trackers:
+        at = _rounds(run, at, trackers)
     if at.over and at.state.round < plan.rounds:
         watch.warn(f"the run is over after {at.state.round} of {plan.rounds} rounds: {at.over}")
     shared = at.best_params if plan.keep_best and at.best_params else at.state.tensors
@@ -175,7 +175,12 @@ def _post(engine: Engine, attendance: Attendance, round: int, posted: Posted | N
     return engine if isinstance(engine, Post) else Simulated(engine, attendance.seconds)
 
 
-def _rounds(run: Run, at: Checkpoint, board: Board) -> Checkpoint:
+def _tracked(run: Run) -> Tracked | None:
+    folder, lines = run.folder, run.plan.lines()
+    return Tracked(folder.path, run.run, lines, tuple(run.history)) if folder else None
+
+
+def _rounds(run: Run, at: Checkpoint, trackers: Trackers) -> Checkpoint:
     plan, folder = run.plan, run.folder
     while not is_over(plan, at):
         at = one_round(run, at)
@@ -184,7 +189,7 @@ def _rounds(run: Run, at: Checkpoint, board: Board) -> Checkpoint:
                 store.settle(at.replied)
             folder.save(at)
         run.history.append(at.line)
-        board.write(at.line)
+        trackers.write(at.line)
         run.watch.round(at.line)
     return at
 

@@ -34,6 +34,7 @@ from fedpeft.types import (
     ServerOptimizer,
     Source,
     Task,
+    Tracker,
     Trainer,
     Weighting,
 )
@@ -57,6 +58,7 @@ PARTS: Mapping[str, str] = {
     "schedule": "schedules",
     "availability": "availability",
     "latency": "latency",
+    "track": "track",
 }
 """Plan line to its family of methods; a new family is one more row."""
 
@@ -69,7 +71,7 @@ SIMULATED = ("availability", "latency")
 """Lines about what machines do, which real ones do by themselves."""
 _ADDED = ("precision", "personal", "schedule", "availability", "latency", "privacy")
 """Lines added since runs were first kept; their defaults say what was before."""
-_REPORTING = ("compare",)
+_REPORTING = ("compare", "track")
 """Lines that do not change the adapter, and so are not part of a run's identity."""
 
 
@@ -106,6 +108,7 @@ class Plan:
     schedule: Schedule
     availability: Availability
     latency: Latency
+    track: Tracker
     rounds: int
     clients: int | None = None
     seed: int = 0
@@ -138,6 +141,8 @@ class Plan:
             if spec is None:
                 problems.append(f"the plan has no line {line!r}")
                 continue
+            if isinstance(spec, list):
+                spec = " | ".join(map(str, spec))
             if not isinstance(spec, str):
                 read_as = type(spec).__name__
                 problems.append(f"{line}: this is a {read_as}; write name(field=value, ...)")
@@ -193,7 +198,7 @@ class Plan:
 
         The source of parts from outside the package counts, since it may change under a name.
         """
-        sources = [digest_of(part) for _, part in self.parts()]
+        sources = [digest_of(part) for line, part in self.parts() if line not in _REPORTING]
         text = json.dumps([self.identity(), *inputs, *filter(None, sources)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

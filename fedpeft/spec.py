@@ -41,6 +41,7 @@ from fedpeft.types import (
     Simulation,
     Source,
     Task,
+    Tracker,
     Trainer,
     Weighting,
 )
@@ -63,6 +64,7 @@ PROTOCOLS: Mapping[str, Any] = {
     "schedules": Schedule,
     "search": Search,
     "tasks": Task,
+    "track": Tracker,
     "trainers": Trainer,
     "weighting": Weighting,
 }

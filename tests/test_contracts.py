@@ -44,6 +44,7 @@ SAMPLES = {
     "privacy/record": "record(noise_multiplier=1.0)",
     "privacy/user": "user(noise_multiplier=1.0)",
     "schedules/inversion": "inversion(buffered)",
+    "track/chain": "mlflow | wandb",
     "search/optuna": "optuna(maximize='a')",
     "search/random": "random(maximize='a')",
 }
@@ -68,6 +69,11 @@ NO_PAPER = {
         "latency/lognormal",
         "availability/always",
         "search/random",
+        "track/chain",
+        "track/mlflow",
+        "track/none",
+        "track/tensorboard",
+        "track/wandb",
     ),
 }
 """Methods whose first line says what they are instead of citing a paper."""

@@ -25,10 +25,12 @@ HEAVY = {
     "peft",
     "datasets",
     "flwr",
+    "mlflow",
     "opacus",
     "optuna",
     "ray",
     "tensorboard",
+    "wandb",
 }
 LIGHT = [
     *("types", "errors", "spec", "fields", "plan", "federation", "tensors", "rng", "wire"),

@@ -105,6 +105,7 @@ LISTED: Mapping[str, list[str]] = {
         *("hetlora(rank_normalise=True)", "lora_fair"),
     ],
     "optimizer": ["sgd", "sgd(lr=0.5, momentum=0.9)", "adam", "yogi", "adagrad"],
+    "track": ["none"],
     "schedule": [
         *("sync", "sync(deadline=150, minimum=2, over=1.5)", "buffered(size=2)"),
         "inversion(buffered(size=2), dummies=4, iterations=3)",
@@ -131,6 +132,8 @@ def _idle(line: str) -> frozenset[str]:
         return frozenset({"trace"})
     if line == "privacy":
         return frozenset({"chain"})
+    if line == "track":
+        return frozenset(names("track"))  # told of a run, and no part of it: test_tracking.py
     if line not in ("uplink", "downlink"):
         return frozenset()
     found = {"chain", "difference" if line == "uplink" else "feedback"}

@@ -60,6 +60,7 @@ from fedpeft.types.sampling import Cohort, Drawn, Sampled, Sampling
 from fedpeft.types.schedules import Converting, Flight, Schedule, Stale, Standing
 from fedpeft.types.search import Point, Range, Search, Space, Trial
 from fedpeft.types.simulation import Availability, Crowd, Latency, Presence, Simulation
+from fedpeft.types.tracking import Tracked, Tracker, Tracking
 from fedpeft.types.training import Fit, Job, Paced, Personal, Summing, Trainer
 
 __all__ = [
@@ -134,6 +135,9 @@ __all__ = [
     "Summing",
     "Task",
     "Tensors",
+    "Tracked",
+    "Tracker",
+    "Tracking",
     "Trainer",
     "Trial",
     "Update",
