@@ -13,11 +13,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
+from fedpeft import Plan, simulate
 from fedpeft.addresses import free_port
 from fedpeft.deployment import certificates
 from fedpeft.deployment.server import control_of
 from fedpeft.deployment.server_file import ServerFile, load_server
+from fedpeft.deployment.signing import make_owner
 from fedpeft.flower.control import Control
 from tests.waiting import wait_until
 
@@ -46,6 +49,7 @@ class Deployment:
         assert list(certificates.make(self.certs, ["fl.example.org"], sites, 30))
         self.config, self.log = folder / "server.yaml", folder / "server.log"
         self.page = free_port()
+        self._clients: list[subprocess.Popen[bytes]] = []
         text = f"listen: {host}:{free_port()}\nkeys: certs/server\nhome: state\n"
         self.config.write_text(text + f"dashboard: 127.0.0.1:{self.page}\n")
 
@@ -59,6 +63,13 @@ class Deployment:
 
     def control(self) -> Control:
         return control_of(self.file)
+
+    def owner(self, name: str = "alice") -> Path:
+        """Return the key of who may submit runs, made where there is none."""
+        key = self.certs / "owners" / name / "owner.key"
+        if not key.exists():
+            make_owner(self.certs, name)
+        return key
 
     @contextmanager
     def serving(self) -> Iterator[subprocess.Popen[bytes]]:
@@ -92,6 +103,24 @@ class Deployment:
             timeout=timeout,
         )
 
+    def client(self, file: Path, log: Path, **env: str) -> subprocess.Popen[bytes]:
+        """Start ``fedpeft client`` with a client.yaml."""
+        with log.open("ab") as told:
+            made = subprocess.Popen(
+                [sys.executable, "-m", "fedpeft", "client", str(file)],
+                env=environment(**env),
+                stdout=told,
+                stderr=told,
+            )
+        self._clients.append(made)
+        return made
+
+    def end(self) -> None:
+        """Kill clients that a test which failed has left."""
+        for client in self._clients:
+            client.kill()
+            client.wait()
+
     @contextmanager
     def site(self, name: str, config: str) -> Iterator[None]:
         """Run Flower's SuperNode with the keys of a site, and the warm trainer beside it."""
@@ -106,6 +135,17 @@ class Deployment:
             for words in ([sys.executable, "-m", "fedpeft", "warm"], command):
                 running.enter_context(_process(words, env, home / "log"))
             yield
+
+
+def simulated(plan: Plan, out: Path) -> Path:
+    """Simulate a plan with one thread, as the processes of a federation have; return ``out``."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        simulate(plan, out=out)
+    finally:
+        torch.set_num_threads(threads)
+    return out
 
 
 @contextmanager

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from fedpeft.deployment.signing import make_owner
 from fedpeft.deployment.submissions import find
-from fedpeft.driver import simulate
-from tests.deployed import Deployment, environment, pid_of
+from tests.deployed import Deployment, pid_of, simulated
 from tests.test_sites import SITES, Camp
 from tests.tiny import tiny_bert
 from tests.waiting import HANGS, wait_until
@@ -32,30 +27,31 @@ LINES = {
 
 
 @contextmanager
-def client(file: Path, log: Path) -> Iterator[None]:
+def client(made: Deployment, file: Path, log: Path) -> Iterator[None]:
     """Run ``fedpeft client`` until it has joined, then for a while."""
-    with log.open("ab") as told:
-        command = [sys.executable, "-m", "fedpeft", "client", str(file)]
-        made = subprocess.Popen(command, env=environment(), stdout=told, stderr=told)
+    process = made.client(file, log)
     try:
-        wait_until(lambda: "joined: " in log.read_text() or made.poll() is not None)
-        assert made.poll() is None, log.read_text()
+        wait_until(lambda: "joined: " in log.read_text() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
         yield
     finally:
-        made.terminate()
-        assert made.wait(HANGS) == 0
+        process.terminate()
+        assert process.wait(HANGS) == 0
 
 
 def test_a_signed_run_whose_server_app_is_killed_ends_as_a_simulation_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is taken up again by the server under the same signature; an unsigned one is refused."""
+    """It is taken up again by the server under the same signature.
+
+    Refused are a run that nobody signed and a plan beyond the sites' limits, with reasons that come
+    to the server.
+    """
     camp = Camp(tmp_path / "camp", tiny_bert(tmp_path / "tiny" / "bert"), monkeypatch)
     made = Deployment(tmp_path, SITES)
-    make_owner(made.certs, "alice")
-    owner = made.certs / "owners" / "alice"
+    key = made.owner()
     server = {"server": f"localhost:{made.file.port}", "insecure": False, "keys": "keys"}
-    camp.settle(**server, owners=[str(owner / "owner.pub")], limits={"rank": 8, "rounds": 4})
+    camp.settle(**server, owners=[str(key.with_suffix(".pub"))], limits={"rank": 8, "rounds": 4})
     for site in SITES:
         (made.certs / "sites" / site).rename(camp.folder / site / "keys")
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(dict(camp.plan(**LINES).lines())))
@@ -63,13 +59,20 @@ def test_a_signed_run_whose_server_app_is_killed_ends_as_a_simulation_does(
         running.enter_context(made.serving())
         for site in SITES:
             file = camp.folder / site / "client.yaml"
-            running.enter_context(client(file, tmp_path / f"{site}.log"))
+            running.enter_context(client(made, file, tmp_path / f"{site}.log"))
+        own = sum(row["site"] == SITES[0] for row in camp.rows)
+        assert f"records: {own} (text" in (tmp_path / f"{SITES[0]}.log").read_text()
         unsigned = made.fedpeft("submit", "plan.yaml", "--name", "unsigned")
         assert unsigned.returncode == 1
         assert "the run is not signed, and this site takes only what its owners" in unsigned.stdout
 
-        key = str(owner / "owner.key")
-        assert made.fedpeft("submit", "plan.yaml", "--key", key, "--detach").returncode == 0
+        signed = ["submit", "plan.yaml", "--key", str(key)]
+        beyond = made.fedpeft(*signed, "rounds=9", "--name", "beyond")
+        assert beyond.returncode == 1
+        reason = "refuses this plan: rounds: 9, and the most here are 4"
+        assert f"{SITES[0]} {reason}" in beyond.stdout, beyond.stdout
+        assert reason in (tmp_path / f"{SITES[0]}.log").read_text()
+        assert made.fedpeft(*signed, "--detach").returncode == 0
         run = find(made.file.home, "plan")
         wait_until(lambda: run.rounds >= 1)
         os.kill(pid_of("flwr-serverapp", tmp_path), signal.SIGKILL)
@@ -77,11 +80,6 @@ def test_a_signed_run_whose_server_app_is_killed_ends_as_a_simulation_does(
         assert "run plan has finished" in done.stdout, done.stdout + done.stderr
         assert run.state.starts == 2
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        simulate(camp.simulated(**LINES), out=tmp_path / "simulated")
-    finally:
-        torch.set_num_threads(threads)
+    simulated(camp.simulated(**LINES), tmp_path / "simulated")
     name = "adapter/adapter_model.safetensors"
     assert (run.out / name).read_bytes() == (tmp_path / "simulated" / name).read_bytes()

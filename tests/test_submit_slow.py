@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from fedpeft import Plan, simulate
+from fedpeft import Plan
 from fedpeft.deployment import signing
-from fedpeft.deployment.submissions import Submission, find
+from fedpeft.deployment.submissions import find
 from fedpeft.deployment.submit import follow, send
-from tests.deployed import Deployment, environment, pid_of
+from tests.deployed import Deployment, environment, pid_of, simulated
 from tests.tiny import support_lines, tiny_bert
 from tests.waiting import HANGS, wait_until
 
@@ -35,28 +34,12 @@ def made(tmp_path: Path) -> Deployment:
     return found
 
 
-def simulated(made: Deployment) -> Path:
-    """Return the adapter of the same plan, simulated."""
-    threads, out = torch.get_num_threads(), made.folder / "simulated"
-    torch.set_num_threads(1)
-    try:
-        simulate(Plan.from_yaml(made.folder / "plan.yaml"), out=out)
-    finally:
-        torch.set_num_threads(threads)
-    return out / "adapter" / "adapter_model.safetensors"
-
-
-def adapter(run: Submission) -> bytes:
-    return (run.out / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
 def test_a_run_is_submitted_followed_and_told_of(made: Deployment) -> None:
     refused = made.fedpeft("submit", "plan.yaml")
     assert refused.returncode == 2
     assert "no server runs there; start it first (fedpeft server)" in refused.stderr
     assert made.fedpeft("status").stdout.startswith("server: not running")
-    signing.make_owner(made.certs, "alice")
-    key = made.certs / "owners" / "alice" / "owner.key"
+    key = made.owner()
     with made.serving(), made.site("a", "partition-id=0 num-partitions=1"):
         wrong = made.fedpeft("submit", "plan.yaml", "rouns=3")
         assert wrong.returncode == 2
@@ -109,7 +92,9 @@ def test_a_run_outlives_every_process_of_the_server(made: Deployment) -> None:
         with made.serving():
             assert follow(made.file, run, print)
     assert run.state.state == "finished"
-    assert adapter(run) == simulated(made).read_bytes()
+    simulated(Plan.from_yaml(plan), made.folder / "simulated")
+    name = "adapter/adapter_model.safetensors"
+    assert (run.out / name).read_bytes() == (made.folder / "simulated" / name).read_bytes()
     lines = (run.out / "rounds.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [0, 1, 2, 3]
     known = [path.name for path in (made.folder / "site-a" / "replies").iterdir()]
