@@ -62,7 +62,7 @@ def test_files_can_be_read(text: str, tmp_path: Path) -> None:
     if "axes" in lines:
         (tmp_path / "quickstart.yaml").write_text(yaml.safe_dump(SMALLEST))
         search = read_search(file)
-        assert len(read_sweep(file) if search is None else search.ends) > 1
+        assert len(read_sweep(file) if search is None else search.ends()) > 1
     elif "listen" in lines:
         (tmp_path / lines["keys"]).mkdir(parents=True)
         for name in KEYS:
