@@ -126,7 +126,7 @@ def _ages(runs: Sequence[Run]) -> str:
 
 
 def _difference(piece: Piece, runs: Sequence[Run], name: str, base: Mapping[int, float]) -> str:
-    overlaps = piece.settings["schedule"].startswith("buffered")
+    overlaps = "buffered(" in piece.settings["schedule"]
     if piece.method == name or (name == BUFFER and not overlaps):
         return ""
     apart = [
