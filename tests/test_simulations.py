@@ -1,4 +1,4 @@
-"""Every plan, grid and benchmark in ``simulations/``: checked fast, run in the slow tier."""
+"""Every plan, sweep and benchmark in ``simulations/``: checked fast, run in the slow tier."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from fedpeft.sweep.sweep_file import read_sweep
 from tests.waiting import HANGS
 
 ROOT = Path(__file__).parents[1]
-PLANS = sorted(p for p in (ROOT / "simulations").glob("*.yaml") if p.name != "grid.yaml")
+PLANS = sorted((ROOT / "simulations").glob("*.yaml"))
+SWEEPS = [p for p in sorted((ROOT / "simulations" / "sweeps").glob("*.yaml")) if p.stem != "base"]
 BENCHMARKS = sorted(p.stem for p in (ROOT / "simulations" / "benchmarks").glob("[!_]*.py"))
+RUNS = {"bytes": 36, "clients": 36, "heterogeneity": 54, "privacy_frontier": 48, "small": 8}
 SMALL: dict[str, dict[str, object]] = {
     "ag_news": {"cohort": "uniform(size=2)", "rounds": 1, "evaluate": "clients"},
     "newsgroups20": {"cohort": "uniform(size=2)", "rounds": 1, "eval_every": 1},
@@ -39,10 +41,19 @@ def test_plans_pass_the_preflight(path: Path, shared: Callable[[str], Path]) -> 
     assert found["warnings"] == []
 
 
-def test_the_grid_is_eight_plans() -> None:
-    cells = read_sweep(ROOT / "simulations" / "grid.yaml")
-    assert len(cells) == 8
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_every_cell_of_a_sweep_passes_the_preflight(
+    path: Path, shared: Callable[[str], Path]
+) -> None:
+    shared("cls/sst2.dev.jsonl.gz")
+    cells = read_sweep(path)
+    assert len(cells) == RUNS[path.stem]
     assert not [cell.problem for cell in cells if cell.plan is None]
+    seen = {}
+    for cell in cells:
+        seen.setdefault(str({**cell.values, "seed": 0}), cell)
+    for cell in seen.values():
+        assert preview(cell.plan)["bytes"]["up_total"] > 0, cell.values
 
 
 @pytest.mark.slow
