@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fedpeft.reporting.command import report
 from fedpeft.reporting.page import as_data
 from fedpeft.reporting.points import Point, Sweep, Trial, problems, read_points, reason
 from fedpeft.significance import holm
+from fedpeft.sweep.tuning import Cost, as_text
 from tests.reported import HOSTILE, PRIVATE, lay, line, score, sweep
 
 ROOT = Path(__file__).parents[1]
@@ -348,6 +350,24 @@ def test_runs_without_a_table_are_points_by_what_their_plans_differ_in(tmp_path:
     found = read_points(tmp_path)
     assert (list(found.axes), len(found.points)) == (["uplink"], 2)
     assert [sorted(point.finished) for point in found.points] == [["0", "1"], ["0"]]
+
+
+def test_of_a_search_trials_are_no_axis_and_what_choosing_costs_is_told(tmp_path: Path) -> None:
+    names = ("trial", "uplink", "seed", "status", "run", "problem")
+    rows = [(0, "raw", 0), (0, "raw", 1), (1, "half", 0), (1, "half", 1), (2, "raw", 0)]
+    text = [",".join(names)]
+    for trial, uplink, seed in rows:
+        name = f"{uplink}-{seed}"
+        if not (tmp_path / name).exists():
+            lay(tmp_path / name, [line(0, 0.5, 10)], uplink=uplink, seed=seed)
+        text.append(f"{trial},{uplink},{seed},done,{name},")
+    (tmp_path / "sweep.csv").write_text("\n".join([*text, ""]))
+    cost = Cost("users", "", "", 4, 0, 12.5, 1e-5, "PLD", 3.0, False)
+    (tmp_path / "tuning.json").write_text(json.dumps({"costs": [asdict(cost)]}))
+    found = shown(report(tmp_path, None, _never))
+    assert found["axes"] == ["uplink"]
+    assert [len(point["seeds"]) for point in found["points"]] == [2, 2]
+    assert found["notes"][0] == next(as_text([cost]))
 
 
 def test_without_scores_the_loss_in_training_is_shown(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ pytestmark = [
     ),
 ]
 READY = "document.body.dataset.ready === 'yes'"
+SCORE, METHOD, PRIVACY, UPLINK = 1, 2, 3, 4
 ROWS = "[...document.querySelectorAll('#points tbody tr')]"
 
 
@@ -60,16 +61,16 @@ def cells(page: Browser, column: int) -> list[str]:
 def test_points_are_sorted_by_any_column(page: Browser, about_sweep: str) -> None:
     page.open(about_sweep)
     page.wait(READY)
-    assert len(cells(page, 4)) == 10
-    found = [float(text.split()[0]) for text in cells(page, 4) if text]
+    assert len(cells(page, SCORE)) == 10
+    found = [float(text.split()[0]) for text in cells(page, SCORE) if text]
     assert found == sorted(found, reverse=True)
-    assert cells(page, 4)[8:] == ["", ""]  # what was refused has no score and comes last
-    button = "document.querySelectorAll('#points thead button')[4]"
+    assert cells(page, SCORE)[8:] == ["", ""]  # what was refused has no score and comes last
+    button = f"document.querySelectorAll('#points thead button')[{SCORE}]"
     page.tell(f"{button}.click()")
-    assert [float(text.split()[0]) for text in cells(page, 4) if text] == sorted(found)
+    assert [float(text.split()[0]) for text in cells(page, SCORE) if text] == sorted(found)
     assert page.tell(f"{button}.parentNode.getAttribute('aria-sort')") == "ascending"
-    page.tell("document.querySelectorAll('#points thead button')[3].click()")
-    assert cells(page, 3) == ["half"] * 5 + ["raw"] * 5
+    page.tell(f"document.querySelectorAll('#points thead button')[{UPLINK}].click()")
+    assert cells(page, UPLINK) == ["half"] * 5 + ["raw"] * 5
 
 
 def test_points_are_filtered_in_table_and_charts(page: Browser, about_sweep: str) -> None:
@@ -78,7 +79,7 @@ def test_points_are_filtered_in_table_and_charts(page: Browser, about_sweep: str
     marks = "document.querySelectorAll('.scatter [data-at]').length"
     page.wait(f"{marks} === 16")
     page.tell("$('search').value = 'LORA HALF'; $('search').dispatchEvent(new Event('input'))")
-    assert cells(page, 3) == ["half", "half"]
+    assert cells(page, UPLINK) == ["half", "half"]
     assert page.tell("$('points-count').innerText") == "2 of 10"
     assert page.tell(marks) == 4
     page.tell(
@@ -86,8 +87,8 @@ def test_points_are_filtered_in_table_and_charts(page: Browser, about_sweep: str
         "const box = document.querySelectorAll('#filters select')[1]; box.value = '=none';"
         "box.dispatchEvent(new Event('change'))"
     )
-    assert len(cells(page, 2)) == 6
-    assert {*cells(page, 2)} == {"none"}
+    assert len(cells(page, PRIVACY)) == 6
+    assert {*cells(page, PRIVACY)} == {"none"}
 
 
 def test_a_point_shows_its_plan_and_how_to_run_it_again(
@@ -117,7 +118,7 @@ def test_another_score_is_looked_at(page: Browser, about_sweep: str) -> None:
     page.open(about_sweep)
     page.wait(READY)
     page.tell("$('metric').value = '1'; $('metric').dispatchEvent(new Event('change'))")
-    found = [float(text.split()[0]) for text in cells(page, 4) if text]
+    found = [float(text.split()[0]) for text in cells(page, SCORE) if text]
     assert found == sorted(found)  # of losses the lowest is the best
     assert "loss, test set" in page.tell("$('effects-note').innerText")
     assert page.tell("document.querySelector('.scatter').innerHTML.includes('loss, test set')")
@@ -167,9 +168,10 @@ def test_it_fits_a_phone_in_light_and_dark(
 def test_everything_can_be_done_by_keyboard(page: Browser, about_sweep: str) -> None:
     page.open(about_sweep)
     page.wait(READY)
-    page.tell("document.querySelectorAll('#points thead button')[1].focus()")
+    page.tell(f"document.querySelectorAll('#points thead button')[{METHOD}].focus()")
     page.press("Enter")
-    assert page.tell("$('points').tHead.rows[0].cells[1].getAttribute('aria-sort')") == "ascending"
+    told = f"$('points').tHead.rows[0].cells[{METHOD}].getAttribute('aria-sort')"
+    assert page.tell(told) == "ascending"
     page.tell(f"{ROWS}[0].querySelector('button').focus()")
     page.press("Enter")
     page.wait("$('point').hidden === false")

@@ -128,6 +128,19 @@ def test_sweeps_that_make_no_sense(tmp_path: Path, content: Any, message: str) -
 # --- runs ---------------------------------------------------------------------------------------
 
 
+def test_private_runs_are_kept_though_they_tell_of_no_seconds(bert: Path, tmp_path: Path) -> None:
+    lines = support_lines(bert, rounds=1, evaluate="test", holdout=0.0) | {
+        "privacy": "user(noise_multiplier=1.0)",
+        "cohort": "poisson(rate=0.5)",
+        "weighting": "uniform(denominator='expected')",
+    }
+    path, out = write(tmp_path, plan=lines, seeds=[0]), tmp_path / "out"
+    assert statuses(run(path, out)) == ["done"]
+    assert statuses(run(path, out)) == ["kept"]
+    (found,) = forecast(read_sweep(path), lambda cell: next(out.glob("*/")), lambda _: {})
+    assert (found.finished, found.problem, found.seconds) == (1, "", None)
+
+
 def test_finished_runs_are_kept_and_failures_do_not_stop(bert: Path, tmp_path: Path) -> None:
     lines = support_lines(bert, rounds=1, evaluate="test")
     axes = {"uplink": ["raw", "half"], "cohort": ["everyone", "uniform(size=99)"]}

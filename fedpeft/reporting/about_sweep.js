@@ -8,7 +8,9 @@ const SHAPES = [
   (r) => `M${-r} ${-r * 0.35}H${-r * 0.35}V${-r}H${r * 0.35}V${-r * 0.35}H${r}V${r * 0.35}H${r * 0.35}V${r}H${-r * 0.35}V${r * 0.35}H${-r}Z`,
 ];
 const points = told.points.map((point, at) => ({ ...point, at, text: point.values.join(" ").toLowerCase() }));
-const state = { metric: told.metrics[0], colour: 0, sort: null, down: true, here: null, shown: points };
+const NONE = told.axes.length, MOST_COLOURS = 6;
+const usual = told.axes.findIndex((_, i) => [2, 3, 4, 5, MOST_COLOURS].includes(values(i).length));
+const state = { metric: told.metrics[0], colour: usual < 0 ? NONE : usual, sort: null, down: true, here: null, shown: points };
 const front = () => told.fronts[state.metric.name];
 const scoreOf = (point) => point.scores[state.metric.name];
 
@@ -17,7 +19,10 @@ function figure(value, metric = state.metric) { // a score, or a difference of s
 }
 function signed(value) { return (value > 0 ? "+" : "") + figure(value); }
 function probability(p) { return p < 0.001 ? "< 0.001" : p.toFixed(3); }
-function values(at) { return [...new Set(points.map((point) => point.values[at]))]; }
+function values(at) { // of an axis, in the order of the sweep; numbers in theirs
+  const found = [...new Set(points.map((point) => point.values[at]))];
+  return found.every((value) => value !== "" && Number.isFinite(Number(value))) ? found.sort((a, b) => a - b) : found;
+}
 
 // --- charts ----------------------------------------------------------------------------------------
 class Scatter {
@@ -59,7 +64,7 @@ class Scatter {
       mark.x = this.across(mark.value) + (several > 1 && this.dodges ? (mark.colour % 6 - Math.min(5, several - 1) / 2) * 3.2 : 0);
       mark.y = this.up(scoreOf(mark.point)[0] * state.metric.scale);
     }
-    colours().forEach((_, colour) => this.frontier(colour));
+    if (!this.loose) colours().forEach((_, colour) => this.frontier(colour));
     const best = new Set(front().members);
     for (const mark of [...this.marks].sort((a, b) => best.has(a.point.at) - best.has(b.point.at))) this.mark(mark, best.has(mark.point.at));
   }
@@ -87,7 +92,7 @@ class Scatter {
     for (const value of logTicks(first, last)) {
       const x = this.across(value);
       parts.push(make("line", { class: "axis", x1: x, x2: x, y1: base, y2: base + 4 }));
-      if (x - before > 34) { parts.push(make("text", { x, y: base + 17, "text-anchor": "middle" }, short(value))); before = x; }
+      if (x - before > 34) { parts.push(make("text", { x, y: base + 17, "text-anchor": "middle" }, String(Number(value.toPrecision(6))))); before = x; }
     }
     if (this.apart) parts.push(make("line", { class: "apart", x1: end + 6, x2: end + 6, y1: top, y2: base }), make("text", { x: end + 34, y: base + 17, "text-anchor": "middle" }, "none"));
     parts.push(make("line", { class: "axis", x1: left, x2: this.width - 8, y1: base, y2: base }));
@@ -107,7 +112,7 @@ class Scatter {
     for (const mark of banded) this.plot.append(make("line", { class: `bar s${colour % 6}`, x1: mark.x, x2: mark.x, y1: this.up(scoreOf(mark.point)[1] * state.metric.scale), y2: this.up(scoreOf(mark.point)[2] * state.metric.scale) }));
     for (const mark of kept) mark.kept = true;
   }
-  mark({ point, x, y, colour, kept }, best) {
+  mark({ point, x, y, colour, kept = this.loose }, best) {
     const group = make("g", { transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`, class: `t${colour % 6}${best || kept ? "" : " faint"}`, "data-at": point.at });
     if (point.at === state.here) group.append(make("circle", { class: "here", r: 11 }));
     group.append(make("path", { class: `dot s${colour % 6}${best ? " front" : ""}`, d: SHAPES[colour % 6](best ? 5 : 3.6) }));
@@ -135,13 +140,18 @@ function pointText(point) {
 }
 const scatters = told.protected.map((whom, i) => Object.assign(new Scatter(`Score against ${whom}`, `${whom} at the end of a run`, (point) => (point.epsilon[i] === null ? Infinity : point.epsilon[i])), { dodges: true }));
 if (points.some((point) => point.mb)) scatters.push(new Scatter("Score against megabytes", "MB up and down, a run", (point) => point.mb || null));
+told.axes.forEach((axis, i) => { // an axis of numbers: what a search has tried, or a grid of rates, ranks or rounds
+  const numbers = values(i).map(Number);
+  if (numbers.length < 4 || numbers.some((number) => !(number > 0))) return;
+  scatters.push(Object.assign(new Scatter(`Score against ${axis}`, axis, (point) => Number(point.values[i])), { loose: true }));
+});
 $("charts").append(...scatters.map((scatter) => scatter.figure));
 
 // --- the table of points ---------------------------------------------------------------------------
 const COLUMNS = [
   { name: "front", kind: "", key: (point) => (front().members.includes(point.at) ? 1 : 0), first: true },
-  ...told.axes.map((axis, i) => ({ name: axis, kind: "", key: (point) => { const number = Number(point.values[i]); return point.values[i] !== "" && Number.isFinite(number) ? number : point.values[i]; } })),
   { name: "score", kind: "n", key: (point) => scoreOf(point)?.[0] ?? null, first: true },
+  ...told.axes.map((axis, i) => ({ name: axis, kind: "", key: (point) => { const number = Number(point.values[i]); return point.values[i] !== "" && Number.isFinite(number) ? number : point.values[i]; } })),
   { name: "seeds", kind: "n", key: (point) => point.seeds.filter(([, status]) => status === "finished").length },
   ...told.protected.map((whom, i) => ({ name: whom, kind: "n", key: (point) => point.epsilon[i] })),
   { name: "MB", kind: "n", key: (point) => point.mb },
@@ -162,8 +172,12 @@ function build() { // a row for each point, made anew where another score is loo
     const found = scoreOf(point), done = point.seeds.filter(([, status]) => status === "finished").length;
     const pick = make("button", { type: "button", class: members.has(point.at) ? "pick star" : "pick", "aria-label": `show point ${point.at + 1}${members.has(point.at) ? ", on the front" : ""}` }, members.has(point.at) ? "★" : "○");
     const half = found && found[1] !== null ? make("span", { class: "spread" }, ` ±${figure((found[2] - found[1]) / 2)}`) : "";
-    const row = make("tr", {}, make("td", {}, pick), ...point.values.map((value, i) => (i === state.colour ? make("td", {}, make("span", { class: `chip t${colours().indexOf(value) % 6}` }), value) : cell(value))),
-      make("td", { class: "n" }, found ? figure(found[0]) : "", half), cell(done === point.seeds.length ? String(done) : `${done} of ${point.seeds.length}`, "n"),
+    const named = (value, i) => {
+      const made = cell(value, value.length < 25 ? "one" : "");
+      if (i === state.colour) made.prepend(make("span", { class: `chip t${colours().indexOf(value) % 6}` }));
+      return made;
+    };
+    const row = make("tr", {}, make("td", {}, pick), make("td", { class: "n" }, found ? figure(found[0]) : "", half), ...point.values.map(named), cell(done === point.seeds.length ? String(done) : `${done} of ${point.seeds.length}`, "n"),
       ...point.epsilon.map((value) => cell(value === null ? "none" : short(value), "n")), cell(point.mb === null ? "not told" : short(point.mb), "n"), cell(point.seconds === null ? "" : short(point.seconds), "n"));
     row.addEventListener("click", () => choose(point.at, true));
     return row;
@@ -270,7 +284,7 @@ function showLegend() {
     if (!some.has(value)) return [];
     const icon = make("svg", { width: 34, height: 14, viewBox: "0 -7 34 14", "aria-hidden": "true", class: `t${i % 6}` }, make("line", { x1: 1, x2: 33, y1: 0, y2: 0, "stroke-width": 2, class: `s${i % 6}`, "stroke-dasharray": DASHES[i % 6] }),
       make("g", { transform: "translate(17 0)" }, make("path", { d: SHAPES[i % 6](4.4), class: `s${i % 6} f${i % 6}` })));
-    return [icon, make("span", {}, value === undefined ? "all points" : value || "(nothing)")];
+    return [make("span", { class: "key" }, icon, value === undefined ? "all points" : value || "(nothing)")];
   });
   $("legend").replaceChildren(...keys.flat());
 }
@@ -281,7 +295,8 @@ function redraw() {
 write($("sweep-title"), told.name);
 write($("sweep-line"), told.notes.join("; "));
 $("metric").append(...told.metrics.map((metric, i) => make("option", { value: i }, metric.label)));
-$("colour").append(...told.axes.map((axis, i) => make("option", { value: i }, axis)));
+$("colour").append(...[...told.axes, "nothing"].map((axis, i) => make("option", { value: i }, axis)));
+$("colour").value = state.colour;
 show($("colour").parentNode, told.axes.length > 1);
 $("metric").addEventListener("change", () => { state.metric = told.metrics[$("metric").value]; state.down = state.metric.higher; state.sort = COLUMNS.find((column) => column.name === "score"); redraw(); });
 $("colour").addEventListener("change", () => { state.colour = Number($("colour").value); redraw(); });

@@ -13,6 +13,7 @@ from fedpeft.past_run import PastRun
 from fedpeft.reporting import again, scores
 from fedpeft.reporting.points import Point, Sweep, final, problems, reason
 from fedpeft.reporting.scores import Comparison
+from fedpeft.sweep import tuning
 
 _PAIRED = 3
 """Metrics of which the page has comparisons of single points; the tables have all."""
@@ -79,6 +80,7 @@ def _counts(sweep: Sweep) -> dict[str, int]:
 
 def _notes(sweep: Sweep) -> Iterator[str]:
     yield from sweep.notes
+    yield from _cost_of_choosing(sweep)
     promises = [point.promise for point in sweep.points]
     if count := promises.count("simulated"):
         yield (
@@ -89,6 +91,17 @@ def _notes(sweep: Sweep) -> Iterator[str]:
         yield "megabytes of private runs are not told, so the front is not by megabytes"
     if all(len(point.finished) < 2 for point in sweep.points):
         yield "one seed for each point: there are no bands and no tests; say seeds: [0, 1, 2, ...]"
+
+
+def _cost_of_choosing(sweep: Sweep) -> Iterator[str]:
+    """Yield what ``fedpeft sweep`` has kept of it."""
+    path = sweep.path / tuning.COSTS
+    kept = (mapping(path.read_bytes()) or {}) if path.exists() else {}
+    try:
+        yield from map(str.strip, tuning.as_text([tuning.Cost(**each) for each in kept["costs"]]))
+    except (KeyError, TypeError, ValueError):
+        if kept:
+            yield f"{tuning.COSTS} is of another version; fedpeft sweep writes it anew"
 
 
 def _metric(name: str) -> dict[str, Any]:

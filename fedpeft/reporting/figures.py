@@ -36,13 +36,14 @@ _STYLE: Any = {
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
 }
-_SIZE, _DPI = (4.6, 3.1), 200
-_MOST_DOTS = 25
+_SIZE, _DPI = (4.6, 3.3), 200
+_MOST_DOTS, _MOST_NAMED = 25, 12
 
 
 def of_run(told: Mapping[str, Any], folder: Path) -> list[str]:
     """Write a plot for each chart of a run's page; return their names."""
-    return [_save(figure, folder, title) for title, figure in _charts(told)]
+    with _style():
+        return [_save(figure, folder, title) for title, figure in _charts(told)]
 
 
 def of_sweep(told: Mapping[str, Any], sweep: Sweep, folder: Path) -> list[str]:
@@ -53,10 +54,11 @@ def of_sweep(told: Mapping[str, Any], sweep: Sweep, folder: Path) -> list[str]:
     costs: dict[str, Any] = {whom: _spender(whom) for whom in told["protected"]}
     if any(scores.megabytes(point) for point in sweep.points):
         costs["megabytes"] = scores.megabytes
-    return [
-        _save(_frontier(sweep, metric, cost, of), folder, f"score against {cost}")
-        for cost, of in costs.items()
-    ]
+    with _style():
+        return [
+            _save(_frontier(sweep, metric, cost, of), folder, f"score against {cost}")
+            for cost, of in costs.items()
+        ]
 
 
 def _spender(whom: str) -> Any:
@@ -91,7 +93,7 @@ def _charts(told: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
         unit = f" ({chart['unit']})" if chart["unit"] else ""
         axes.set_ylabel(f"{chart['title']}{unit}")
         if len(chart["series"]) > 1:
-            axes.legend()
+            _legend(figure, axes, "")
         yield chart["title"], figure
 
 
@@ -100,7 +102,7 @@ def _frontier(sweep: Sweep, metric: Mapping[str, Any], cost: str, of: Any) -> Fi
     figure, axes = _empty()
     name, scale, sign = metric["name"], metric["scale"], 1.0 if metric["higher"] else -1.0
     members = scores.front(sweep, name).members
-    axis = sweep.axes[0] if sweep.axes else None
+    axis = next((a for a in sweep.axes if 1 < len(_values(sweep, a)) <= len(_COLOURS)), None)
     found = [
         (at, point, float(x), score)
         for at, point in enumerate(sweep.points)
@@ -110,23 +112,40 @@ def _frontier(sweep: Sweep, metric: Mapping[str, Any], cost: str, of: Any) -> Fi
     far = max(known, default=1.0) * 1.9
     values = list(dict.fromkeys(p.values[axis] if axis else "" for _, p, _, _ in found))
     for colour, value in enumerate(values):
-        own = [each for each in found if not axis or each[1].values[axis] == value]
+        aside = 1.0 if cost == "megabytes" else 1.018 ** (colour - 1.5)  # one epsilon has many
+        own = [
+            (at, point, aside * min(x, far), score)
+            for at, point, x, score in found
+            if not axis or point.values[axis] == value
+        ]
         own.sort(key=lambda each: (each[2], -sign * each[3].mean))
         best, kept = -math.inf, []
         for each in own:
             if sign * each[3].mean > best:
                 best = sign * each[3].mean
                 kept.append(each)
-        _draw(axes, kept, own, [members[each[0]] for each in own], far, scale, colour, value)
+        _draw(axes, kept, own, [members[each[0]] for each in own], scale, colour, value)
     axes.set_xscale("log")
     _ticks(axes, known, far if len(known) < len(found) else None)
     axes.set_xlabel(
         "MB up and down, a run" if cost == "megabytes" else f"{cost} at the end of a run"
     )
     axes.set_ylabel(metric["label"] + (f" ({metric['unit']})" if metric["unit"] else ""))
-    if axis and len(values) > 1:
-        axes.legend(title=axis, title_fontsize=8)
+    if axis and 1 < len(values) <= _MOST_NAMED:
+        _legend(figure, axes, axis)
     return figure
+
+
+def _legend(figure: Figure, axes: Axes, title: str) -> None:
+    """Name the lines below the plot, where they hide none of it."""
+    names = axes.get_legend_handles_labels()[1]
+    wide = 2 if max(map(len, names)) > 16 else min(4, len(names))
+    figure.legend(loc="outside lower center", ncols=wide, title=title or None, title_fontsize=8,
+                  handlelength=2.6)  # fmt: skip
+
+
+def _values(sweep: Sweep, axis: str) -> list[str]:
+    return list(dict.fromkeys(point.values[axis] for point in sweep.points))
 
 
 def _draw(
@@ -134,7 +153,6 @@ def _draw(
     kept: Sequence[Any],
     own: Sequence[Any],
     members: Sequence[bool],
-    far: float,
     scale: float,
     colour: int,
     label: str,
@@ -142,48 +160,53 @@ def _draw(
     tint, marker = _COLOURS[colour % 6], _MARKERS[colour % 6]
 
     def place(some: Sequence[Any]) -> tuple[list[float], list[float]]:
-        return [min(each[2], far) for each in some], [scale * each[3].mean for each in some]
+        return [each[2] for each in some], [scale * each[3].mean for each in some]
 
     axes.scatter(*place(own), s=10, color=tint, alpha=0.3, marker=marker, linewidths=0)
     axes.plot(*place(kept), color=tint, linestyle=_DASHES[colour % 6], label=label or None,
               marker=marker, markersize=4.5, markerfacecolor="white")  # fmt: skip
     if (banded := [each for each in kept if each[3].band]) and len(banded) > 1:
         low, high = ([scale * each[3].band[end] for each in banded] for end in (0, 1))
-        axes.fill_between(place(banded)[0], low, high, color=tint, alpha=0.14, linewidth=0)
+        axes.fill_between(place(banded)[0], low, high, color=tint, alpha=0.11, linewidth=0)
     front = [each for each, member in zip(own, members, strict=True) if member]
     axes.scatter(*place(front), s=24, color=tint, marker=marker, zorder=3)
 
 
 def _ticks(axes: Axes, known: Sequence[float], far: float | None) -> None:
     """Label the axis below with plain numbers, and what has no promise as that."""
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     low, high = min(known, default=1.0), max(known, default=10.0)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     marks = [m * 10.0**power for power in powers for m in (1, 2, 5)]
     marks = [mark for mark in marks if low / 1.05 <= mark <= high * 1.05]
+    if high < 6 * low:  # a part of the axis that is nearly linear
+        marks = [m for m in MaxNLocator(5).tick_values(low, high) if low <= m <= high]
     step = math.ceil(len(marks) / 7) or 1
     at = [(mark, f"{mark:g}") for mark in marks[::step]] + ([(far, "none")] if far else [])
+    if far:
+        axes.axvline(far / 1.35, color="#b9c2cc", linewidth=0.8, linestyle=":")
     axes.set_xticks([mark for mark, _ in at], [text for _, text in at])
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _empty() -> tuple[Figure, Axes]:
+def _style() -> Any:
     import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def _empty() -> tuple[Figure, Axes]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Made
 
-    with matplotlib.rc_context(_STYLE):
-        figure = Made(figsize=_SIZE, layout="constrained")
-        FigureCanvasAgg(figure)
-        return figure, figure.subplots()
+    figure = Made(figsize=_SIZE, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
 
 
 def _save(figure: Figure, folder: Path, title: str) -> str:
-    import matplotlib
-
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(folder / f"{name}.png", dpi=_DPI)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(folder / f"{name}.png", dpi=_DPI)
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     return name

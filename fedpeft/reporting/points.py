@@ -19,7 +19,7 @@ from fedpeft.plan import Plan
 from fedpeft.releases import is_guarded
 from fedpeft.sweep.running import TABLE
 
-SEED, LOSS = "seed", "loss"
+SEED, TRIAL, LOSS = "seed", "trial", "loss"
 _TOLD = ("status", "run", "problem")
 
 
@@ -141,13 +141,14 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 def _of_table(path: Path, rows: Sequence[Mapping[str, str]]) -> Sweep:
     names = list(rows[0])
-    axes = [name for name in names[: names.index("status")] if name != SEED]
+    axes = [name for name in names[: names.index("status")] if name not in (SEED, TRIAL)]
     found: dict[tuple[str, ...], list[Trial]] = {}
     for row in rows:
         key = tuple(row[axis] for axis in axes)
         told = row["problem"] if row["status"] == "failed" else ""
         trial = _trial(row.get(SEED, ""), row["run"], path / row["run"], told)
-        found.setdefault(key, []).append(trial)
+        if trial not in found.setdefault(key, []):  # a search may come to the same plan again
+            found[key].append(trial)
     points = [Point(dict(zip(axes, key, strict=True)), runs) for key, runs in found.items()]
     listed = {row["run"] for row in rows}
     there = {each.parent.name for each in path.glob("*/run.json")}

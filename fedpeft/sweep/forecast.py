@@ -94,19 +94,20 @@ def _line(
     values = {k: v for k, v in group[0].values.items() if k != "seed"}
     try:
         tables = [finished(cell.plan, folder_of(cell)) for cell in group if cell.plan is not None]
-        done = [float(table["seconds"]) for table in tables if table]
-        seconds = statistics.median(done) if done else None
+        done = [table for table in tables if table]
+        told = [float(table["seconds"]) for table in done if "seconds" in table]
+        seconds = statistics.median(told) if told else None
         first = group[0].plan
         if first is None:
             return Line(values, len(group), len(done), problem=group[0].problem)
         if len(done) == len(group):
             return Line(values, len(group), len(done), seconds=seconds)
-        told = preview(first)
+        costs = preview(first)
     except FedPeftError as error:
         return Line(values, len(group), 0, problem=str(error).splitlines()[0])
-    total = sum(told["bytes"][way] for way in ("down_total", "up_total", "evaluation_total"))
+    total = sum(costs["bytes"][way] for way in ("down_total", "up_total", "evaluation_total"))
     levels = {"users": "privacy", "records": "hiding"}
-    epsilon = {whom: told[part]["epsilon"] for whom, part in levels.items() if told[part]}
+    epsilon = {whom: costs[part]["epsilon"] for whom, part in levels.items() if costs[part]}
     return Line(values, len(group), len(done), int(total), epsilon, "", seconds)
 
 
