@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from fedpeft.plan import Plan
+from fedpeft.reporting.all_runs import told
 from fedpeft.reporting.command import report
+from fedpeft.reporting.page import page as whole
 from fedpeft.reporting.points import read_points
 from tests import browser
 from tests.browser import Browser
@@ -98,7 +100,7 @@ def test_a_point_shows_its_plan_and_how_to_run_it_again(
     page.wait(READY)
     points = read_points(folder).points
     at = next(i for i, p in enumerate(points) if p.values["privacy"] == PRIVATE)
-    page.tell(f"rows[{at}].querySelector('.pick').click()")
+    page.tell(f"rowOf(points[{at}]).querySelector('.pick').click()")
     (tmp_path / "plan.yaml").write_text(page.tell("$('point-plan').textContent"))
     trial = points[at].trials[0]
     made, ran = (Plan.from_yaml(p / "plan.yaml") for p in (tmp_path, folder / trial.name))
@@ -112,6 +114,21 @@ def test_a_point_shows_its_plan_and_how_to_run_it_again(
     assert page.tell("document.activeElement.id") == "point-title"
     shown = ROWS + ".filter((row) => row.classList.contains('here')).length"
     assert page.tell(shown) == 1
+
+
+def test_of_many_points_the_first_are_shown_until_all_are_wanted(
+    page: Browser, folder: Path, tmp_path: Path
+) -> None:
+    found = told(read_points(folder))
+    about = {"made": {"version": "0", "date": ""}, "points": found["points"] * 11}
+    (tmp_path / "many.html").write_text(whole(found | about))
+    page.open((tmp_path / "many.html").as_uri())
+    page.wait(READY)
+    assert len(cells(page, SCORE)) == 100
+    assert page.tell("$('points-note').innerText") == "The first 100; show 10 more"
+    page.tell("document.querySelector('#points-note button').click()")
+    assert len(cells(page, SCORE)) == 110
+    assert page.tell("$('points-note').innerText") == ""
 
 
 def test_another_score_is_looked_at(page: Browser, about_sweep: str) -> None:

@@ -58,15 +58,15 @@ class Scatter {
     this.tell(null);
     const scaled = shown.flatMap((point) => scoreOf(point).filter((v) => v !== null).map((v) => v * state.metric.scale));
     this.axes(finite, scaled);
-    this.marks = shown.map((point) => ({ point, colour: colours().indexOf(point.values[state.colour]), value: this.x(point) }));
-    const several = colours().length;
+    this.marks = shown.map((point) => ({ point, colour: tint(point), value: this.x(point) }));
+    const several = palette.length;
     for (const mark of this.marks) {
       mark.x = this.across(mark.value) + (several > 1 && this.dodges ? (mark.colour % 6 - Math.min(5, several - 1) / 2) * 3.2 : 0);
       mark.y = this.up(scoreOf(mark.point)[0] * state.metric.scale);
     }
-    if (!this.loose) colours().forEach((_, colour) => this.frontier(colour));
-    const best = new Set(front().members);
-    for (const mark of [...this.marks].sort((a, b) => best.has(a.point.at) - best.has(b.point.at))) this.mark(mark, best.has(mark.point.at));
+    if (!this.loose) palette.forEach((_, colour) => this.frontier(colour));
+    const layers = [false, true].flatMap((best) => this.marks.filter((mark) => members.has(mark.point.at) === best));
+    this.plot.append(...layers.map((mark) => this.mark(mark, members.has(mark.point.at))));
   }
   axes(finite, scaled) {
     const left = 50, right = this.apart ? 62 : 14, top = 26, bottom = 44;
@@ -116,7 +116,7 @@ class Scatter {
     const group = make("g", { transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`, class: `t${colour % 6}${best || kept ? "" : " faint"}`, "data-at": point.at });
     if (point.at === state.here) group.append(make("circle", { class: "here", r: 11 }));
     group.append(make("path", { class: `dot s${colour % 6}${best ? " front" : ""}`, d: SHAPES[colour % 6](best ? 5 : 3.6) }));
-    this.plot.append(group);
+    return group;
   }
 }
 function logTicks(first, last) {
@@ -129,7 +129,12 @@ function logTicks(first, last) {
     for (const m of [1, 2, 5]) if (m * 10 ** power >= first * 0.999 && m * 10 ** power <= last * 1.001) found.push(m * 10 ** power);
   return found.length ? found : [first, last];
 }
-function colours() { return state.colour < told.axes.length ? values(state.colour) : [undefined]; }
+let palette = [], tints = new Map(); // the values that have colours, and the number of each
+function mix() {
+  palette = state.colour < NONE ? values(state.colour) : [undefined];
+  tints = new Map(palette.map((value, i) => [value, i]));
+}
+function tint(point) { return tints.get(point.values[state.colour]); }
 function pointText(point) {
   const [mean, low, high] = scoreOf(point), { unit } = state.metric;
   const parts = [told.axes.map((axis, i) => `${axis} ${point.values[i]}`).join(", ")];
@@ -149,7 +154,7 @@ $("charts").append(...scatters.map((scatter) => scatter.figure));
 
 // --- the table of points ---------------------------------------------------------------------------
 const COLUMNS = [
-  { name: "front", kind: "", key: (point) => (front().members.includes(point.at) ? 1 : 0), first: true },
+  { name: "front", kind: "", key: (point) => (members.has(point.at) ? 1 : 0), first: true },
   { name: "score", kind: "n", key: (point) => scoreOf(point)?.[0] ?? null, first: true },
   ...told.axes.map((axis, i) => ({ name: axis, kind: "", key: (point) => { const number = Number(point.values[i]); return point.values[i] !== "" && Number.isFinite(number) ? number : point.values[i]; } })),
   { name: "seeds", kind: "n", key: (point) => point.seeds.filter(([, status]) => status === "finished").length },
@@ -165,24 +170,28 @@ function head() {
     return make("th", column.kind ? { scope: "col", class: column.kind } : { scope: "col" }, button);
   }));
 }
-let rows = [];
-function build() { // a row for each point, made anew where another score is looked at
-  const members = new Set(front().members);
-  rows = points.map((point) => {
-    const found = scoreOf(point), done = point.seeds.filter(([, status]) => status === "finished").length;
-    const pick = make("button", { type: "button", class: members.has(point.at) ? "pick star" : "pick", "aria-label": `show point ${point.at + 1}${members.has(point.at) ? ", on the front" : ""}` }, members.has(point.at) ? "★" : "○");
-    const half = found && found[1] !== null ? make("span", { class: "spread" }, ` ±${figure((found[2] - found[1]) / 2)}`) : "";
-    const named = (value, i) => {
-      const made = cell(value, value.length < 25 ? "one" : "");
-      if (i === state.colour) made.prepend(make("span", { class: `chip t${colours().indexOf(value) % 6}` }));
-      return made;
-    };
-    const row = make("tr", {}, make("td", {}, pick), make("td", { class: "n" }, found ? figure(found[0]) : "", half), ...point.values.map(named), cell(done === point.seeds.length ? String(done) : `${done} of ${point.seeds.length}`, "n"),
-      ...point.epsilon.map((value) => cell(value === null ? "none" : short(value), "n")), cell(point.mb === null ? "not told" : short(point.mb), "n"), cell(point.seconds === null ? "" : short(point.seconds), "n"));
-    row.addEventListener("click", () => choose(point.at, true));
-    return row;
-  });
+const FEW = 100; // rows that are shown at once: a table of thousands takes a browser long to lay out
+let rows = [], members = new Set();
+function rowOf(point) { // made when it is first shown, and anew where another score is looked at
+  return rows[point.at] ??= build(point);
 }
+function build(point) {
+  const found = scoreOf(point), done = point.seeds.filter(([, status]) => status === "finished").length;
+  const pick = make("button", { type: "button", class: members.has(point.at) ? "pick star" : "pick", "aria-label": `show point ${point.at + 1}${members.has(point.at) ? ", on the front" : ""}` }, members.has(point.at) ? "★" : "○");
+  const half = found && found[1] !== null ? make("span", { class: "spread" }, ` ±${figure((found[2] - found[1]) / 2)}`) : "";
+  const named = (value, i) => {
+    const made = cell(value, value.length < 25 ? "one" : "");
+    if (i === state.colour) made.prepend(make("span", { class: `chip t${tint(point) % 6}` }));
+    return made;
+  };
+  const row = make("tr", {}, make("td", {}, pick), make("td", { class: "n" }, found ? figure(found[0]) : "", half), ...point.values.map(named), cell(done === point.seeds.length ? String(done) : `${done} of ${point.seeds.length}`, "n"),
+    ...point.epsilon.map((value) => cell(value === null ? "none" : short(value), "n")), cell(point.mb === null ? "not told" : short(point.mb), "n"), cell(point.seconds === null ? "" : short(point.seconds), "n"));
+  row.addEventListener("click", () => choose(point.at, true));
+  row.classList.toggle("here", point.at === state.here);
+  return row;
+}
+const more = make("button", { type: "button", class: "more" });
+more.addEventListener("click", () => { state.all = true; sort(); });
 function sort() {
   const { sort: column, down } = state;
   const keys = new Map(state.shown.map((point) => [point, column.key(point)]));
@@ -192,7 +201,10 @@ function sort() {
     const less = typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y), "en", { numeric: true });
     return (down ? -less : less) || a.at - b.at;
   };
-  $("points").tBodies[0].replaceChildren(...[...state.shown].sort(order).map((point) => rows[point.at]));
+  const first = [...state.shown].sort(order).slice(0, state.all ? Infinity : FEW), hidden = state.shown.length - first.length;
+  $("points").tBodies[0].replaceChildren(...first.map(rowOf));
+  $("points-note").replaceChildren(...(hidden ? [`The first ${first.length}; `, more] : []));
+  write(more, `show ${hidden} more`);
   COLUMNS.forEach((each, i) => { const th = $("points").tHead.rows[0].cells[i]; if (each === column) th.setAttribute("aria-sort", down ? "descending" : "ascending"); else th.removeAttribute("aria-sort"); });
 }
 function filter() {
@@ -218,7 +230,7 @@ let curve = null;
 function choose(at, move) {
   const before = state.here, point = points[at];
   state.here = at;
-  rows[before]?.classList.remove("here"); rows[at].classList.add("here");
+  rows[before]?.classList.remove("here"); rows[at]?.classList.add("here");
   for (const scatter of scatters) scatter.draw();
   showPoint(point);
   if (move) $("point-title").focus();
@@ -280,7 +292,7 @@ function showTiles() {
 }
 function showLegend() {
   const some = new Set(points.filter(scoreOf).map((point) => point.values[state.colour]));
-  const keys = colours().map((value, i) => {
+  const keys = palette.map((value, i) => {
     if (!some.has(value)) return [];
     const icon = make("svg", { width: 34, height: 14, viewBox: "0 -7 34 14", "aria-hidden": "true", class: `t${i % 6}` }, make("line", { x1: 1, x2: 33, y1: 0, y2: 0, "stroke-width": 2, class: `s${i % 6}`, "stroke-dasharray": DASHES[i % 6] }),
       make("g", { transform: "translate(17 0)" }, make("path", { d: SHAPES[i % 6](4.4), class: `s${i % 6} f${i % 6}` })));
@@ -289,8 +301,9 @@ function showLegend() {
   $("legend").replaceChildren(...keys.flat());
 }
 function redraw() {
-  head(); build(); showTiles(); showLegend(); filter(); showEffects();
-  if (state.here !== null) { rows[state.here].classList.add("here"); showPoint(points[state.here]); }
+  rows = []; members = new Set(front().members); mix();
+  head(); showTiles(); showLegend(); filter(); showEffects();
+  if (state.here !== null) showPoint(points[state.here]);
 }
 write($("sweep-title"), told.name);
 write($("sweep-line"), told.notes.join("; "));
