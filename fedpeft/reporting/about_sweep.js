@@ -67,6 +67,7 @@ class Scatter {
     if (!this.loose) palette.forEach((_, colour) => this.frontier(colour));
     const layers = [false, true].flatMap((best) => this.marks.filter((mark) => members.has(mark.point.at) === best));
     this.plot.append(...layers.map((mark) => this.mark(mark, members.has(mark.point.at))));
+    this.ring();
   }
   axes(finite, scaled) {
     const left = 50, right = this.apart ? 62 : 14, top = 26, bottom = 44;
@@ -113,11 +114,20 @@ class Scatter {
     for (const mark of kept) mark.kept = true;
   }
   mark({ point, x, y, colour, kept = this.loose }, best) {
-    const group = make("g", { transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`, class: `t${colour % 6}${best || kept ? "" : " faint"}`, "data-at": point.at });
-    if (point.at === state.here) group.append(make("circle", { class: "here", r: 11 }));
-    group.append(make("path", { class: `dot s${colour % 6}${best ? " front" : ""}`, d: SHAPES[colour % 6](best ? 5 : 3.6) }));
-    return group;
+    const tone = colour % 6;
+    return make("path", { class: `dot s${tone} t${tone}${best ? " front" : kept ? "" : " faint"}`, d: outline(tone, best), transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`, "data-at": point.at });
   }
+  ring() { // around the point that is chosen
+    const mark = this.marks?.find(({ point }) => point.at === state.here);
+    this.plot.querySelector(".here")?.remove();
+    if (mark) this.plot.append(make("circle", { class: "here", r: 11, cx: mark.x, cy: mark.y }));
+  }
+}
+const outlines = new Map();
+function outline(tone, best) {
+  const key = `${tone} ${best}`;
+  if (!outlines.has(key)) outlines.set(key, SHAPES[tone](best ? 5 : 3.6));
+  return outlines.get(key);
 }
 function logTicks(first, last) {
   const found = [], step = nice(first, last, 5);
@@ -231,7 +241,7 @@ function choose(at, move) {
   const before = state.here, point = points[at];
   state.here = at;
   rows[before]?.classList.remove("here"); rows[at]?.classList.add("here");
-  for (const scatter of scatters) scatter.draw();
+  for (const scatter of scatters) scatter.ring();
   showPoint(point);
   if (move) $("point-title").focus();
 }

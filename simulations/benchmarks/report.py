@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def measure(quick: bool) -> dict[str, Any]:
             found += _actions(page, folder / "browser", 3 if quick else 20)
             rows += [{"runs": runs, "points": runs // seeds, **row} for row in found]
     targets = {"seconds": 20.0, "megabytes": 5.0, "milliseconds": 100.0}
-    return {"rows": rows, "targets": targets}
+    return {"rows": rows, "targets": targets, "load": round(os.getloadavg()[0], 1)}
 
 
 def write_sweep(folder: Path, seeds: int, sizes: Mapping[str, float]) -> int:
