@@ -17,7 +17,7 @@ from fedpeft.run_folder import RunFolder
 from fedpeft.sweep.running import Here, run_sweep
 from fedpeft.sweep.sweep_file import read_sweep
 
-HOSTILE = "</script><img src=x onerror=alert(1)><b>&amp;"
+HOSTILE = "</script><img src=x onerror=alert(1)><b>&amp; $x^$ 一"
 LINES = {
     "model": "nowhere",
     "task": "classify",

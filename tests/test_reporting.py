@@ -445,6 +445,15 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert sorted(p.name for p in path.iterdir() if "report" in p.name) == ["report"]
 
 
+def test_the_command_says_where_the_page_is(tmp_path: Path) -> None:
+    path = lay(tmp_path / "run", [line(0, 0.5, 10)])
+    command = [sys.executable, "-m", "fedpeft", "report", str(path), "--out", str(tmp_path / "a/b")]
+    for more, code in ([], 0), ([], 2), (["--overwrite"], 0):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == code, done.stderr
+        assert done.stdout == ("" if code else f"{tmp_path}/a/b/report.html\n")
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     path = lay(tmp_path / "run", [line(0, 0.5, 10)])
     most = resource.RLIMIT_FSIZE

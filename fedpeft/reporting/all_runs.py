@@ -36,6 +36,8 @@ _READING = (
     "best of many is somewhat flattered. All other points are faint.",
     "Filled marks and ★: the Pareto front of all points, by every objective named above; where "
     "nothing is promised epsilon counts as infinite. Filters change what is shown, not the front.",
+    "Epsilon of users hides a client, of records what the plan's privacy line says; the whole "
+    "promise, with its neighbours and from whom it hides, is in the report of a run.",
     "p is of paired t-tests: the same seed shares data, partition and start. With few seeds they "
     "find large differences only, and no difference found is not shown to be none.",
     "Plots for papers are in figures/ (PNG and SVG), the tables in tables/ (CSV and Parquet).",

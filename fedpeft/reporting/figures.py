@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("-", "--", ":", "-.", (0, (3, 1)), (0, (8, 2)))
 _STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names of runs may hold dollars
     "svg.hashsalt": "fedpeft",
     "font.size": 9,
     "axes.spines.top": False,
@@ -139,6 +141,8 @@ def _frontier(sweep: Sweep, metric: Mapping[str, Any], cost: str, of: Any) -> Fi
 def _legend(figure: Figure, axes: Axes, title: str) -> None:
     """Name the lines below the plot, where they hide none of it."""
     names = axes.get_legend_handles_labels()[1]
+    if not names:
+        return
     wide = 2 if max(map(len, names)) > 16 else min(4, len(names))
     figure.legend(loc="outside lower center", ncols=wide, title=title or None, title_fontsize=8,
                   handlelength=2.6)  # fmt: skip
@@ -207,6 +211,8 @@ def _empty() -> tuple[Figure, Axes]:
 
 def _save(figure: Figure, folder: Path, title: str) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-    figure.savefig(folder / f"{name}.png", dpi=_DPI)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
+        figure.savefig(folder / f"{name}.png", dpi=_DPI)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     return name

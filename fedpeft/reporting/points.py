@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fedpeft.compare import Column, columns
-from fedpeft.errors import FedPeftError, RunError, printable
+from fedpeft.errors import FedPeftError, RunError
 from fedpeft.past_run import PastRun, read_run
 from fedpeft.plan import Plan
 from fedpeft.releases import is_guarded
@@ -199,4 +199,4 @@ def problems(sweep: Sweep) -> Iterator[tuple[Point, Trial]]:
 def reason(trial: Trial) -> str:
     """Return in a line why there is no result."""
     told = trial.problem or "not finished; the next fedpeft sweep goes on with it"
-    return printable(told.splitlines()[0])
+    return "".join(c if c.isprintable() else "?" for c in told.splitlines()[0])
