@@ -231,11 +231,15 @@ def export(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="new folder [default: RUN/merged]")] = None,
 ) -> None:
-    """Copy a run's adapter elsewhere, or write the merged model."""
+    """Copy a run's adapter elsewhere, or write the merged model.
+
+    Where the run is one of a sweep, the model card tells of the sweep's best ones as well.
+    """
     import shutil
 
     from fedpeft.errors import RunError
     from fedpeft.export import merge
+    from fedpeft.sweep.card import frontier_section
 
     adapter = run / "adapter"
     if not adapter.is_dir():
@@ -247,6 +251,9 @@ def export(
         merge(adapter, target)
     else:
         shutil.copytree(adapter, target)
+        if section := frontier_section(run):
+            with (target / "README.md").open("a", encoding="utf-8") as card:
+                card.write(section)
     typer.echo(str(target))
 
 

@@ -15,11 +15,12 @@ from fedpeft.checkpoint import Checkpoint
 from fedpeft.closing import Result as Closing
 from fedpeft.engine._base import Engine, Handing, Stage
 from fedpeft.evaluation import scored
-from fedpeft.export import model_card, write_adapter
+from fedpeft.export import write_adapter
 from fedpeft.federation import Federation, deal
 from fedpeft.first_gradient import public_splits
 from fedpeft.handing_out import prepare
 from fedpeft.memory import InProcess
+from fedpeft.model_card import model_card
 from fedpeft.models._base import fingerprint
 from fedpeft.one_round import Run, is_over, one_round
 from fedpeft.plan import Plan
@@ -154,7 +155,8 @@ def drive(
     shared = at.best_params if plan.keep_best and at.best_params else at.state.tensors
     tensors = {**site.initial, **shared}
     if folder:
-        card = model_card(plan, site, run.history, scored(run.history, plan.keep_best, at.best))
+        line = scored(run.history, plan.keep_best, at.best)
+        card = model_card(plan, site, folder.path.name, run.history, line)
         write_adapter(folder.path / "adapter", plan, site, tensors, card)
         if isinstance(engine, Handing) and is_scattered(plan):
             told = folder.run, folder.path.name, plan, at.state.round

@@ -16,6 +16,8 @@ from fedpeft.tensors import padded
 from fedpeft.types import Example, Metrics
 
 _LOWER_IS_BETTER = ("loss", "perplexity")
+EVALUATED = {"test": "the server's test set", "clients": "held-out records of the clients"}
+"""What the places are, before the names of metrics."""
 _OWN = "personal/"
 """Before the names of a personal adapter's metrics, which come with those of the shared one."""
 

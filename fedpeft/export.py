@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedpeft import hiding, releases
 from fedpeft.durable import remove_folder, replace_folder
 from fedpeft.errors import ModelError
 from fedpeft.plan import Plan
@@ -113,48 +111,3 @@ def folder_digest(folder: Path) -> str:
         if path.suffix == ".safetensors" or path.name.endswith("config.json"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
-
-
-def model_card(
-    plan: Plan, site: Site, history: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]
-) -> str:
-    """Return the model card: where the adapter comes from, and what it took."""
-    scores = {k: v for k, v in scored.items() if "/" in k and v is not None}
-    front = [
-        "---",
-        "library_name: peft",
-        f"base_model: {site.base.location.origin}",
-        "tags: [federated, fedpeft]",
-        "---",
-    ]
-    facts = {
-        "Rounds": len(history),
-        "Clients": len(site.federation.train),
-        **(_of_clients(site, history) if not plan.privacy.secret else {}),
-        **releases.card(plan, len(site.federation.train), len(history)),
-        **hiding.card(plan, site.federation.counted, len(history)),
-    }
-    text = ["# Federated adapter", "", "Trained with fedpeft; the plan is below.", ""]
-    text += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items()), ""]
-    if scores:
-        text += [f"| metric after round {scored['round'] + 1} | value |", "|---|---|"]
-        text += [f"| {k} | {v:.4f} |" for k, v in scores.items()] + [""]
-    lines = [f"{k}: {v}" for k, v in plan.lines().items()]
-    return "\n".join([*front, *text, "```yaml", *lines, "```", ""])
-
-
-def _of_clients(site: Site, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return facts that follow from what clients have and do."""
-    traffic = {
-        name: sum(line.get(key, 0) for line in history)
-        for name, key in (
-            ("Bytes up", "up_bytes"),
-            ("Bytes down", "down_bytes"),
-            ("Bytes for federated evaluation", "eval_bytes"),
-        )
-    }
-    return {
-        "Training records": sum(site.federation.population.values()),
-        **{name: f"{count:,}" for name, count in traffic.items()},
-        "Data fingerprint": f"`{site.federation.splits.fingerprint[:32]}`",
-    }

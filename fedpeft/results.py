@@ -250,15 +250,16 @@ def _write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def _card(plan: Plan, site: Site, name: str, report: Mapping[str, Any]) -> str:
+    from fedpeft.model_card import front_matter
+
     what = {
         "adapter": "# Federated adapter\n\nThe result of the federation",
         "personal": f"# Personal adapter of {report['site']}\n\nMade beside that of the federation",
     }
-    front = ["---", "library_name: peft", f"base_model: {site.base.location.origin}"]
+    front = front_matter(plan, site.base.location.origin, str(report["name"]), {})
     lines = [f"{k}: {v}" for k, v in plan.lines().items()]
     said = f"{what[name]}, {report['rounds']} rounds of {report['name']} (run {report['run']})."
-    tags = "tags: [federated, fedpeft]"
-    return "\n".join([*front, tags, "---", said, "", "```yaml", *lines, "```", ""])
+    return "\n".join([*front, said, "", "```yaml", *lines, "```", ""])
 
 
 def _digest(message: bytes) -> str:

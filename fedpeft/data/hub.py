@@ -36,6 +36,11 @@ class Hub:
             if getattr(self, field) == "":
                 raise SpecError(f"hub: {field} must not be empty")
 
+    @property
+    def hub_id(self) -> str | None:
+        """The name, where it is no folder's."""
+        return None if _is_folder(self.name) else self.name
+
     @classmethod
     def paths(cls, given: Mapping[str, Any]) -> Sequence[str]:
         """Return the name, where it is that of a folder."""

@@ -40,9 +40,12 @@ class SweepScreen:
             self._live.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._console.is_terminal:
             self._live.stop()
+        if kind is KeyboardInterrupt:
+            ended = sum(self._counts.values())
+            self.say([f"stopped after {ended} of {self._total} runs; the same command goes on"])
 
     def say(self, lines: Iterable[str]) -> None:
         """Print lines above the table."""

@@ -46,6 +46,7 @@ from fedpeft.types.corrections import Correction, Local
 from fedpeft.types.data import (
     Carrying,
     Filed,
+    Hubbed,
     Partition,
     Pathed,
     Scattered,
@@ -88,6 +89,7 @@ __all__ = [
     "Fit",
     "Flight",
     "Folding",
+    "Hubbed",
     "Informed",
     "Job",
     "Latency",

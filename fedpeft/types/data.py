@@ -44,6 +44,16 @@ class Filed(Protocol):
 
 
 @runtime_checkable
+class Hubbed(Protocol):
+    """What a source has besides whose records lie on the Hugging Face Hub."""
+
+    @property
+    def hub_id(self) -> str | None:
+        """The id of the data set; ``None`` where it is a folder after all."""
+        ...
+
+
+@runtime_checkable
 class Pathed(Protocol):
     """What a method has besides with a field that may be a path, or something else."""
 
