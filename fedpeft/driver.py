@@ -156,7 +156,7 @@ def drive(
     tensors = {**site.initial, **shared}
     if folder:
         line = scored(run.history, plan.keep_best, at.best)
-        card = model_card(plan, site, folder.path.name, run.history, line)
+        card = model_card(plan, site, run.history, line)
         write_adapter(folder.path / "adapter", plan, site, tensors, card)
         if isinstance(engine, Handing) and is_scattered(plan):
             told = folder.run, folder.path.name, plan, at.state.round

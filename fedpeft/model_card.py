@@ -22,11 +22,11 @@ _PIPELINES = {
 """What a base's head does, to what the Hub calls that."""
 
 
-def front_matter(plan: Plan, base: str, name: str, scores: Mapping[str, float]) -> list[str]:
+def front_matter(plan: Plan, base: str, scores: Mapping[str, float]) -> list[str]:
     """Return the lines of YAML that the Hub reads at the top of a card.
 
     ``base`` is the base model as a card names it. ``scores`` are metrics as ``test/accuracy``; each
-    is a result in the ``model-index``, under the ``name`` of the model.
+    is a result in the ``model-index``. Nothing depends on where a run lies.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -53,7 +53,7 @@ def front_matter(plan: Plan, base: str, name: str, scores: Mapping[str, float]) 
         tags=_TAGS,
         datasets=[data] if data else None,
         metrics=sorted({one.metric_type for one in results}) or None,
-        model_name=name if results else None,
+        model_name=f"{base.rstrip('/').rpartition('/')[2]}-federated" if results else None,
         eval_results=results or None,
     )
     return ["---", *about.to_yaml().splitlines(), "---"]
@@ -62,16 +62,15 @@ def front_matter(plan: Plan, base: str, name: str, scores: Mapping[str, float]) 
 def model_card(
     plan: Plan,
     site: Site,
-    name: str,
     history: Sequence[Mapping[str, Any]],
     scored: Mapping[str, Any],
 ) -> str:
-    """Return the model card of a run called ``name``.
+    """Return the model card of a run.
 
     ``scored`` is the line of the ledger with the metrics of what is exported.
     """
     scores = {k: v for k, v in scored.items() if "/" in k and v is not None}
-    front = front_matter(plan, site.base.location.origin, name, scores)
+    front = front_matter(plan, site.base.location.origin, scores)
     facts = {
         "Rounds": len(history),
         "Clients": len(site.federation.train),

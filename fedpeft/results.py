@@ -256,7 +256,7 @@ def _card(plan: Plan, site: Site, name: str, report: Mapping[str, Any]) -> str:
         "adapter": "# Federated adapter\n\nThe result of the federation",
         "personal": f"# Personal adapter of {report['site']}\n\nMade beside that of the federation",
     }
-    front = front_matter(plan, site.base.location.origin, str(report["name"]), {})
+    front = front_matter(plan, site.base.location.origin, {})
     lines = [f"{k}: {v}" for k, v in plan.lines().items()]
     said = f"{what[name]}, {report['rounds']} rounds of {report['name']} (run {report['run']})."
     return "\n".join([*front, said, "", "```yaml", *lines, "```", ""])

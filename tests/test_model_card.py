@@ -35,7 +35,7 @@ def test_the_hub_reads_base_library_and_results(bert: Path, tmp_path: Path) -> N
     assert (data.library_name, data.pipeline_tag) == ("peft", "text-classification")
     assert data.base_model == str(bert)
     assert data.tags == ["federated", "fedpeft"]
-    assert data.model_name == "my-run"
+    assert data.model_name == f"{bert.name}-federated"
     assert data.eval_results is not None
     told = {(r.dataset_name, r.metric_type): r.metric_value for r in data.eval_results}
     last = result.table["last"]
@@ -51,7 +51,7 @@ def test_the_hub_reads_base_library_and_results(bert: Path, tmp_path: Path) -> N
 )
 def test_a_data_set_of_the_hub_is_named(bert: Path, line: str, expected: Any) -> None:
     plan = Plan.from_lines({**support_lines(bert), "data": line})
-    lines = front_matter(plan, "org/base", "run", {"test/accuracy": 0.5, "test/f1": float("nan")})
+    lines = front_matter(plan, "org/base", {"test/accuracy": 0.5, "test/f1": float("nan")})
     data: Any = ModelCard("\n".join([*lines, "# Title"])).data
     assert (data.datasets, data.base_model, data.metrics) == (expected, "org/base", ["accuracy"])
     (result,) = data.eval_results
@@ -59,7 +59,7 @@ def test_a_data_set_of_the_hub_is_named(bert: Path, line: str, expected: Any) ->
 
 
 def test_a_card_without_results_is_one(bert: Path) -> None:
-    data: Any = ModelCard("\n".join(front_matter(support_plan(bert), "org/base", "run", {}))).data
+    data: Any = ModelCard("\n".join(front_matter(support_plan(bert), "org/base", {}))).data
     assert (data.library_name, data.eval_results) == ("peft", None)
 
 
