@@ -71,7 +71,11 @@ def _play(
         for each in lines:
             append_line(folder.path / "rounds.jsonl", json.dumps(each), "ledger")
         last = {name: value for name, value in lines[-1].items() if "/" in name} if lines else {}
-        rows = {"base": {"accuracy": 0.25}, "alone": {"accuracy": 0.4}}
+        rows = {
+            "base": {"accuracy": 0.25},
+            "alone": {"accuracy": 0.4},
+            "federated": {"accuracy": 0.55},
+        }
         table = {"rounds": len(lines), "clients": 4, "rows": rows, "last": last, "seconds": 4.5}
         if finished:
             folder.finish(table)

@@ -304,6 +304,7 @@ def test_a_run_says_what_it_has_and_why_it_lacks_the_rest(tmp_path: Path) -> Non
     assert found["columns"]["client accuracy shared adapter"] == [0.25, 0.5]
     gain, promise, versions = found["sections"]
     assert gain["tables"][0]["rows"][1] == ["each client alone (mean)", "40.0 %"]
+    assert gain["tables"][0]["rows"][-1] == ["gain: federated less alone", "+15.0 points"]
     assert promise["tables"] == []
     assert ["python", sys.version.split()[0]] in versions["tables"][0]["rows"]
     assert found["command"].startswith(f"fedpeft run {path}/plan.yaml --out again --threads ")

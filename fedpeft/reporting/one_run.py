@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import hiding, releases
-from fedpeft.compare import Column, is_share
+from fedpeft.compare import Column
 from fedpeft.dashboard import shown
 from fedpeft.dashboard.ledger import number
 from fedpeft.dashboard.runs import Followed
@@ -16,7 +16,7 @@ from fedpeft.errors import FedPeftError, RunError, printable
 from fedpeft.json_lines import mapping, read_lines
 from fedpeft.past_run import read_run
 from fedpeft.plan import Plan
-from fedpeft.reporting import again
+from fedpeft.reporting import again, words
 
 _ROWS = {
     "base": "base model, untrained",
@@ -127,15 +127,23 @@ def _gain(run: OneRun) -> Iterator[dict[str, Any]]:
     if rows:
         columns = list(dict.fromkeys(name for row in rows.values() for name in _mapping(row)))
         cells = [
-            [_ROWS.get(str(name), str(name)), *(_shown(c, _mapping(row).get(c)) for c in columns)]
+            [
+                _ROWS.get(str(name), str(name)),
+                *(words.shown(c, _mapping(row).get(c)) for c in columns),
+            ]
             for name, row in rows.items()
         ]
-        yield {"head": ["test set", *columns], "rows": cells}
+        alone, shared = (_mapping(rows.get(name)) for name in ("alone", "federated"))
+        if alone and shared:
+            cells.append(
+                ["gain: federated less alone", *(words.less(c, shared, alone) for c in columns)]
+            )
+        yield {"head": ["test set", *(c.replace("_", " ") for c in columns)], "rows": cells}
     gains = {str(name): _mapping(about).get("gain") for name, about in _sites(run).items()}
     if told := {name: gain for name, gain in gains.items() if isinstance(gain, dict)}:
         columns = list(dict.fromkeys(str(name) for gain in told.values() for name in gain))
         cells = [
-            [printable(site), *(_signed(c, gain.get(c)) for c in columns)]
+            [printable(site), *(words.signed(c, gain.get(c)) for c in columns)]
             for site, gain in told.items()
         ]
         yield {"head": ["site, by its own report", *columns], "rows": cells}
@@ -225,17 +233,3 @@ def missing(run: OneRun) -> Iterator[str]:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _shown(name: str, value: Any) -> str:
-    known = number(value)
-    if known is None:
-        return ""
-    return f"{100 * known:.1f} %" if is_share(name) else f"{known:.4f}"
-
-
-def _signed(name: str, value: Any) -> str:
-    known = number(value)
-    if known is None:
-        return ""
-    return f"{100 * known:+.1f} points" if is_share(name) else f"{known:+.4f}"
