@@ -51,6 +51,9 @@ METHODS = (
 BASELINE = METHODS[0]
 
 
+_DEALT = {"labels": "rates by labels", "shuffled": "the same rates dealt at random"}
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """Data, how many clients, how they come and go, and where their rates are from.
@@ -74,7 +77,7 @@ class Setting:
     @property
     def title(self) -> str:
         """Return what heads its table."""
-        there = f"{self.model}, rates by {self.rates}" if self.model else "everybody always there"
+        there = f"{self.model}, {_DEALT[self.rates]}" if self.model else "everybody always there"
         kind = "LoRA: " if self.lora else ""
         return f"{kind}{TITLES[self.data]}, {self.clients} clients, {there}"
 
