@@ -133,7 +133,7 @@ def _idle(line: str) -> frozenset[str]:
     if line == "privacy":
         return frozenset({"chain"})
     if line == "track":
-        return frozenset(names("track")) - {"none"}  # told of a run, and no part of it: test_tracking.py
+        return frozenset(names("track")) - {"none"}  # told of a run: test_tracking.py
     if line not in ("uplink", "downlink"):
         return frozenset()
     found = {"chain", "difference" if line == "uplink" else "feedback"}
