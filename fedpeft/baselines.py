@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.client_rounds import ALONE
-from fedpeft.evaluation import evaluated_clients, summarise
+from fedpeft.evaluation import EACH_ALONE, evaluated_clients, summarise
 from fedpeft.grouping import Grouping
 from fedpeft.local_models import Start, train_all
 from fedpeft.plan import Plan
@@ -18,7 +18,7 @@ from fedpeft.types import Example, Metrics, Tensors
 if TYPE_CHECKING:
     from fedpeft.engine._base import Engine
 
-Rows = Mapping[str, Metrics]
+Rows = Mapping[str, Any]
 Tell = Callable[[str, int, int], None]
 
 
@@ -37,34 +37,33 @@ def compare(
     ``alone`` is the mean over clients, each trained on its own records, with as much of the adapter
     as it has, in passes that they share as ``engine`` says; ``central`` is trained on all records.
     Both see as many records as the federation did: in all (``central``), or per client (``alone``).
-    ``done`` holds rows of an interrupted run; ``keep`` is told after each new row.
+    Beside ``alone`` is ``EACH_ALONE``, where clients have held records out. ``done`` holds rows of
+    an interrupted run; ``keep`` is told after each new row.
     """
     examples = site.test()
     if not examples or not plan.comparisons:
         return {}
     seen = sum(int(line.get("seen", 0)) for line in history)
     clients = len(site.federation.train)
-    makers: dict[str, Callable[[], Metrics]] = {
-        "base": lambda: _score(site, site.initial),
+    makers: dict[str, Callable[[], Rows]] = {
+        "base": lambda: {"base": _score(site, site.initial)},
         "alone": lambda: _alone(plan, site, engine, max(1, seen // clients), tell),
-        "central": lambda: _central(plan, site, max(1, seen), tell),
+        "federated": lambda: {"federated": _score(site, federated)},
+        "central": lambda: {"central": _central(plan, site, max(1, seen), tell)},
     }
     rows = dict(done)
     for name in ("base", "alone", "federated", "central"):
         if name in rows or not (name == "federated" or name in plan.comparisons):
             continue
-        if name == "federated":
-            rows[name] = _score(site, federated)
-        else:
-            rows[name] = makers[name]()
+        rows |= makers[name]()
         if keep:
             keep(rows)
     return rows
 
 
-def _alone(plan: Plan, site: Site, engine: Engine, seen: int, tell: Tell) -> Metrics:
+def _alone(plan: Plan, site: Site, engine: Engine, seen: int, tell: Tell) -> Rows:
     names = evaluated_clients(plan, list(site.federation.train))
-    found = list[Metrics]()
+    found, own = list[Metrics](), dict[str, Metrics]()
 
     def play(part: Sequence[str], grouping: Grouping) -> Sequence[Metrics]:
         begun, most = len(found) * seen, len(part) * seen
@@ -78,11 +77,18 @@ def _alone(plan: Plan, site: Site, engine: Engine, seen: int, tell: Tell) -> Met
             lambda n: tell("alone", begun + min(n, most), len(names) * seen),
             grouping,
         )
+        held = {client: site.held(client) for client in part}
+        having = [(c, tensors) for c, tensors in zip(part, trained, strict=True) if held[c]]
+        if having:
+            asked, each = zip(*having, strict=True)
+            scores = site.learner.evaluate(each, [held[c] for c in asked], grouping.width)
+            own.update(zip(asked, scores, strict=True))
         return site.learner.evaluate(trained, [site.test()] * len(part), grouping.width)
 
     for metrics in engine.share(names, play):
         found += metrics
-    return summarise(dict(zip(names, found, strict=True)))
+    rows: dict[str, Any] = {"alone": summarise(dict(zip(names, found, strict=True)))}
+    return rows | ({EACH_ALONE: {c: dict(own[c]) for c in sorted(own)}} if own else {})
 
 
 def _central(plan: Plan, site: Site, seen: int, tell: Tell) -> Metrics:

@@ -143,8 +143,9 @@ def sweep(
 ) -> None:
     """Run every combination of a sweep that is not finished yet, and write OUT/sweep.csv."""
     from fedpeft.sweep import command
+    from fedpeft.sweep.place import Place
 
-    place = command.Place(engine, _engine(engine, threads), device, threads, workers)
+    place = Place(engine, _engine(engine, threads), device, threads, workers)
     if not check:
         _prepare(device, threads)
     if not command.sweep(file, out or Path("runs") / file.stem, place, check=check):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.attendance import Attendance
-from fedpeft.baselines import compare
+from fedpeft.baselines import Rows, compare
 from fedpeft.checkpoint import Checkpoint
 from fedpeft.closing import Result as Closing
 from fedpeft.engine._base import Engine, Handing, Stage
-from fedpeft.evaluation import scored
+from fedpeft.evaluation import EACH_ALONE, scored
 from fedpeft.export import write_adapter
 from fedpeft.federation import Federation, deal
 from fedpeft.first_gradient import public_splits
@@ -32,7 +32,7 @@ from fedpeft.site import Site, encode
 from fedpeft.spec import build
 from fedpeft.state import start
 from fedpeft.tracking import Trackers
-from fedpeft.types import Metrics, Simulation, Tensors, Tracked
+from fedpeft.types import Simulation, Tensors, Tracked
 from fedpeft.watching import Line, Quiet, Watch
 
 Posted = Callable[[Engine, int], Post]
@@ -196,12 +196,13 @@ def _rounds(run: Run, at: Checkpoint, trackers: Trackers) -> Checkpoint:
     return at
 
 
-def _table(run: Run, at: Checkpoint, rows: Mapping[str, Metrics]) -> dict[str, Any]:
+def _table(run: Run, at: Checkpoint, rows: Rows) -> dict[str, Any]:
     last = scored(run.history, run.plan.keep_best, at.best)
     return {
         "rounds": at.state.round,
         "clients": len(run.engine.population()),
-        "rows": {name: dict(metrics) for name, metrics in rows.items()},
+        "rows": {name: dict(metrics) for name, metrics in rows.items() if name != EACH_ALONE},
+        **{name: rows[name] for name in (EACH_ALONE,) if name in rows},
         "last": {k: v for k, v in last.items() if "/" in k},
         "best_round": at.best.round if run.plan.keep_best else None,
         **(_added_up(run.history) if not run.plan.privacy.secret else {}),

@@ -18,6 +18,8 @@ from fedpeft.types import Example, Metrics
 _LOWER_IS_BETTER = ("loss", "perplexity")
 EVALUATED = {"test": "the server's test set", "clients": "held-out records of the clients"}
 """What the places are, before the names of metrics."""
+EACH_ALONE = "alone_per_client"
+"""The name of each client's metrics on its held-out records after training alone."""
 _OWN = "personal/"
 """Before the names of a personal adapter's metrics, which come with those of the shared one."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ import pytest
 from fedpeft.baselines import Rows, compare
 from fedpeft.driver import simulate
 from fedpeft.engine._player import Player
-from fedpeft.evaluation import summarise
+from fedpeft.evaluation import EACH_ALONE, summarise
 from fedpeft.grouping import Grouping
 from fedpeft.memory import InProcess
 from fedpeft.rng import derive_seed
@@ -45,16 +45,23 @@ class Field:
         self.federation = SimpleNamespace(train={c: range(n) for c, n in SIZES.items()})
         self.evaluated: list[Tensors] = []
         self.widths: list[int] = []
+        self.each: Mapping[str, Metrics] = {}
         self._test = records_of("bert", 9, 77)
 
     def train(self, client: str) -> Any:
         return self.camp.records[client]
 
+    def held(self, client: str) -> Any:
+        """The first client has held nothing out."""
+        place = list(SIZES).index(client)
+        return records_of("bert", 4, place) if place else []
+
     def test(self) -> Any:
         return self._test
 
     def evaluate(self, tensors: Any, examples: Any, width: int = 1) -> Sequence[Metrics]:
-        self.evaluated += tensors
+        if examples[0] is self._test:
+            self.evaluated += tensors
         self.widths.append(width)
         found: Sequence[Metrics] = self.camp.learner.evaluate(tensors, examples, width)
         return found
@@ -74,6 +81,7 @@ class Field:
             told.append((seen, total))
 
         found = compare(self.plan, site, engine, history, {}, done, None, tell)
+        self.each = found[EACH_ALONE]
         return found["alone"], told
 
 
@@ -139,6 +147,11 @@ def test_clients_in_groups_do_what_they_do_alone(site: Field, width: int) -> Non
         update, alone = ({k: t[k] - site.initial[k] for k in own} for t in (tensors, own))
         assert apart(update, alone) <= 1e-9
     assert found == pytest.approx(expected, rel=1e-9)
+    assert list(site.each) == sorted(list(SIZES)[1:])
+    for client, tensors in zip(SIZES, trained, strict=True):
+        if held := site.held(client):
+            (metrics,) = site.camp.learner.evaluate([tensors], [held])
+            assert site.each[client] == pytest.approx(metrics, rel=1e-9)
     assert told[-1] == (SEEN * len(SIZES), SEEN * len(SIZES))
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
@@ -204,6 +217,7 @@ def test_a_run_compares_in_the_groups_of_its_engine(
         simulate(plan, out=tmp_path / "run", engine=engine, watch=Stopped("central"))
     watch = Stopped()
     found = simulate(plan, out=tmp_path / "run", engine=engine, watch=watch, resume=True)
+    assert set(found.table[EACH_ALONE]) == set(found.history[-1]["per_client"])
     assert set(watch.told) == {"central"}  # the others are kept
     assert jobs == [4, 1, 1]
     rows: Rows = found.table["rows"]

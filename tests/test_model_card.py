@@ -18,6 +18,7 @@ from fedpeft.model_card import front_matter
 from fedpeft.plan import Plan
 from fedpeft.sweep import command
 from fedpeft.sweep.card import frontier_section
+from fedpeft.sweep.place import Place
 from tests.tiny import support_lines, support_plan
 
 
@@ -70,7 +71,7 @@ def test_an_exported_run_of_a_sweep_tells_of_the_frontier(bert: Path, tmp_path: 
     axes = {"privacy": ["none", user], "uplink": ["raw", "half"]}
     path, out = tmp_path / "sweep.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump({"plan": lines, "axes": axes, "seeds": [0, 1]}))
-    assert command.sweep(path, out, command.Place("inline", "inline"))
+    assert command.sweep(path, out, Place("inline", "inline"))
     run = next(p for p in sorted(out.iterdir()) if (p / "run.json").exists() and _is_private(p))
     done = CliRunner().invoke(app, ["export", str(run), "--out", str(tmp_path / "exported")])
     assert done.exit_code == 0, done.output

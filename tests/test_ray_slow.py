@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import http.server
+import io
 import sys
 import threading
 import time
@@ -18,10 +20,14 @@ import torch
 
 from fedpeft import simulate
 from fedpeft.engine._actor import Code, sources
+from fedpeft.engine.inline import Inline
 from fedpeft.engine.ray import Ray
 from fedpeft.errors import FedPeftError, PlanError, RunError
+from fedpeft.sweep import command
+from fedpeft.sweep.place import Place
 from tests.test_processes import LOCAL, SGD, Told, failing, rounds, same
-from tests.tiny import support_plan
+from tests.test_sweep import write
+from tests.tiny import support_lines, support_plan
 
 pytestmark = [
     pytest.mark.slow,
@@ -115,6 +121,30 @@ def test_a_cluster_that_has_too_little_is_named(
 ) -> None:
     with pytest.raises(kind, match=message):
         simulate(support_plan(bert), engine=Ray(address=cluster, **fields))
+
+
+def test_whole_runs_of_a_sweep_on_two_nodes(bert: Path, tmp_path: Path, cluster: str) -> None:
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    lines = support_lines(bert, rounds=2, trainer=SGD)
+    kill = failing(how="kill", round=0.4, once=str(tmp_path / "once"), pids=str(pids))
+    trainers = {"plain": {"trainer": SGD}, "killed": {"trainer": kill}}
+    path = write(tmp_path, plan=lines, axes={"how": trainers}, seeds=[0, 1])
+    engine = Ray(address=cluster)
+
+    def played(out: Path) -> list[dict[str, str]]:
+        command.sweep(path, out, Place("ray", engine))
+        return list(csv.DictReader(io.StringIO((out / "sweep.csv").read_text())))
+
+    there, here = tmp_path / "there", tmp_path / "here"
+    table = played(there)
+    assert sorted(line["status"] for line in table) == ["done", "done", "done", "failed"]
+    assert [line["problem"][:15] for line in table if line["problem"]] == ["its worker died"]
+    assert sorted(line["status"] for line in played(there)) == ["done", "kept", "kept", "kept"]
+    assert len(list(pids.iterdir())) >= 2
+    assert command.sweep(path, here, Place("inline", Inline()))
+    for adapter in here.glob("*/adapter/adapter_model.safetensors"):
+        assert adapter.read_bytes() == (there / adapter.relative_to(here)).read_bytes()
 
 
 @pytest.mark.parametrize("where", ["nobody", "no Ray", "no address"])

@@ -316,6 +316,28 @@ def test_a_run_says_what_it_has_and_why_it_lacks_the_rest(tmp_path: Path) -> Non
     assert (clients["a"]["used"], clients["a"]["up_bytes"]) == ("2", "20")
 
 
+def test_what_each_client_gained_is_that_of_the_exported_adapter(tmp_path: Path) -> None:
+    lines = [line(at, score, 10) for at, score in enumerate((0.5, 0.75, 0.25))]
+    path = lay(tmp_path / "run", lines)
+    result = json.loads((path / "result.json").read_text())
+    alone = {"a": {"accuracy": 0.5}, "b": {"accuracy": 0.5, "loss": 1.0}, "gone": {"accuracy": 0.5}}
+    for best, gains in ((None, {"a": -0.25, "b": -0.375}), (1, {"a": 0.25, "b": -0.125})):
+        told = {**result, "best_round": best, "alone_per_client": alone}
+        (path / "result.json").write_text(json.dumps(told))
+        page = report(path, None, _never, overwrite=True)
+        found = shown(page)
+        assert found["columns"]["client accuracy gain"] == sorted(gains.values())
+        (chart,) = (c for c in found["charts"] if "training alone" in c["title"])
+        assert (chart["unit"], chart["scale"]) == ("points", 100.0)
+        (row,) = found["sections"][0]["tables"][1]["rows"]
+        better = sum(gain > 0 for gain in gains.values())
+        assert row[:3] == ["gain in accuracy of 2 clients", str(better), str(2 - better)]
+        low, high = (f"{100 * gain:+.1f} points" for gain in sorted(gains.values()))
+        assert row[4:] == [low, high]
+        clients = {each["client"]: each for each in _rows(page.parent / "tables/clients.csv")}
+        assert {name: float(each["accuracy gain"]) for name, each in clients.items()} == gains
+
+
 def test_of_a_private_run_nothing_is_shown_but_what_its_ledger_says(tmp_path: Path) -> None:
     lines = [{"round": at, "epsilon": 1.0 + at, "clip": 0.5, "test/accuracy": 0.5} for at in (0, 1)]
     promise: dict[str, Any] = {

@@ -20,6 +20,7 @@ from fedpeft.plan import Plan
 from fedpeft.sweep import command
 from fedpeft.sweep.forecast import as_text, forecast
 from fedpeft.sweep.outcomes import Outcome
+from fedpeft.sweep.place import Place
 from fedpeft.sweep.running import Here, run_sweep
 from fedpeft.sweep.screen import SweepScreen
 from fedpeft.sweep.sweep_file import Cell, read_sweep
@@ -308,7 +309,7 @@ def test_results_of_another_version_are_named(bert: Path, tmp_path: Path) -> Non
 def test_workers_and_an_engine_of_processes_exclude_each_other(bert: Path, tmp_path: Path) -> None:
     path = write(tmp_path, plan=support_lines(bert, rounds=1))
     with pytest.raises(PlanError, match="--workers 2: each runs a whole plan by itself"):
-        command.sweep(path, tmp_path / "out", command.Place("processes", None, workers=2))
+        command.sweep(path, tmp_path / "out", Place("processes", None, workers=2))
     assert not (tmp_path / "out").exists()
 
 
@@ -316,7 +317,7 @@ def test_a_check_runs_nothing(
     bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path, plan=support_lines(bert, rounds=1), axes={"uplink": ["raw", "hlf"]})
-    place = command.Place("inline", None)
+    place = Place("inline", None)
     assert not command.sweep(path, tmp_path / "out", place, check=True)
     assert "2 runs, 0 finished, 1 to be made, 1 refused" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()

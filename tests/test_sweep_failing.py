@@ -18,12 +18,13 @@ import yaml
 from fedpeft.durable import acquire, replace_file
 from fedpeft.errors import RunError
 from fedpeft.sweep import command
+from fedpeft.sweep.place import Place
 from fedpeft.sweep.sweep_file import read_sweep
 from tests.test_sweep import run, simulated, statuses, write
 from tests.tiny import support_lines
 from tests.waiting import HANGS, wait_until
 
-PLACE = command.Place("inline", "inline", threads=1)
+PLACE = Place("inline", "inline", threads=1)
 
 
 def started(path: Path, out: Path, *more: str, **where: Any) -> subprocess.Popen[bytes]:
@@ -94,7 +95,7 @@ def test_ctrl_c_on_a_terminal_loses_nothing(bert: Path, tmp_path: Path, workers:
     assert "failed" not in text
     done = rounds(out)
     assert done > 3
-    place = command.Place("inline", "inline", threads=1)
+    place = Place("inline", "inline", threads=1)
     assert command.sweep(path, out, place)
     assert rounds(out) == 90  # those that were done are among them
     first = sorted(p.read_bytes() for p in out.glob("*/adapter/adapter_model.safetensors"))

@@ -22,6 +22,7 @@ from fedpeft.errors import FedPeftError, PlanError, RunError, TrainError
 from fedpeft.plan import Plan
 from fedpeft.sweep import command
 from fedpeft.sweep.outcomes import Outcome
+from fedpeft.sweep.place import Place
 from fedpeft.sweep.running import Here, Job, Played, Sweep, played
 from fedpeft.sweep.search_file import SearchFile, read_search
 from fedpeft.sweep.searching import Failures, best_of, run_search
@@ -167,7 +168,7 @@ def test_a_range_without_a_search_is_refused(tmp_path: Path, capfd: Any) -> None
     path = written(tmp_path, axes={"trainer.lr": LR})
     assert read_search(path) is None
     with pytest.raises(PlanError, match=r"trainer\.lr: a range is for a search"):
-        command.sweep(path, tmp_path / "out", command.Place("inline", None))
+        command.sweep(path, tmp_path / "out", Place("inline", None))
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -340,7 +341,7 @@ def test_without_optuna_there_is_a_line(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "optuna", None)
     path = written(tmp_path, search=OPTUNA, axes={"trainer.lr": LR})
     with pytest.raises(FedPeftError, match=r"pip install 'fedpeft\[search\]'.*random"):
-        command.sweep(path, tmp_path / "out", command.Place("inline", None))
+        command.sweep(path, tmp_path / "out", Place("inline", None))
     assert not (tmp_path / "out").exists()
 
 
@@ -368,7 +369,7 @@ def test_several_workers_search_the_same(
     search = "optuna(trials=5, batch=2, startup=2, maximize='test/accuracy', seed=3)"
     path = small(bert, tmp_path, search)
     for workers in (1, 2):
-        place = command.Place("inline", "inline", threads=1, workers=workers)
+        place = Place("inline", "inline", threads=1, workers=workers)
         assert command.sweep(path, tmp_path / str(workers), place)
     assert rows(tmp_path / "1") == rows(tmp_path / "2")
     said = capsys.readouterr().out
@@ -383,7 +384,7 @@ def test_several_workers_search_the_same(
 @pytest.mark.slow
 def test_a_search_that_is_killed_at_any_moment_goes_on(bert: Path, tmp_path: Path) -> None:
     path = small(bert, tmp_path, "optuna(trials=5, batch=2, startup=2, maximize='test/accuracy')")
-    place = command.Place("inline", "inline", threads=1)
+    place = Place("inline", "inline", threads=1)
     assert command.sweep(path, tmp_path / "whole", place)
     out = tmp_path / "killed"
     line = [sys.executable, "-m", "fedpeft", "sweep", str(path), "--out", str(out)]

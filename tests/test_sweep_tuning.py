@@ -17,6 +17,7 @@ from scipy.stats import norm
 from fedpeft.plan import Plan
 from fedpeft.privacy._together import composed
 from fedpeft.sweep import command, tuning
+from fedpeft.sweep.place import Place
 from fedpeft.sweep.tuning import Promise, Promises, as_text, costs, spent_in
 from fedpeft.types import Sampling
 from tests.tiny import support_lines
@@ -133,7 +134,7 @@ def test_a_sweep_says_it_before_and_keeps_it(
     content = {"plan": private_lines(bert), "axes": {"privacy": privacy}, "seeds": [0, 1]}
     path, out = tmp_path / "sweep.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    place = command.Place("inline", "inline")
+    place = Place("inline", "inline")
     assert command.sweep(path, out, place, check=True)
     before = capsys.readouterr().out
     kinds = tuple((Sampling("coins", 4, 0.5), z, 4) for z in (2.0, 4.0))
@@ -163,7 +164,7 @@ def test_a_search_whose_trials_promise_different_things_says_so(
     for axis, is_even in (("trainer.lr", True), ("privacy.noise_multiplier", False)):
         axes = {axis: {"low": 1.0, "high": 2.0}}
         path.write_text(yaml.safe_dump({"plan": plan, "search": search, "axes": axes}))
-        assert command.sweep(path, tmp_path / "out", command.Place("inline", None), check=True)
+        assert command.sweep(path, tmp_path / "out", Place("inline", None), check=True)
         said = capsys.readouterr().out
         assert "choosing the best of 6 private runs costs epsilon" in said
         assert ("if all trials were as those of the first batch" in said) != is_even

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from fedpeft.errors import TrainError
 from fedpeft.grouping import Grouping
@@ -14,6 +15,7 @@ from fedpeft.wire import Message
 
 if TYPE_CHECKING:
     from fedpeft.memory import MemoryStore
+    from fedpeft.plan import Plan
     from fedpeft.site import Site
 
 _T = TypeVar("_T")
@@ -61,6 +63,44 @@ class Handing(Protocol):
         self, requests: Iterable[tuple[str, Message]]
     ) -> Iterator[tuple[str, Metrics | Exception]]:
         """Have each client keep what it is sent; it may tell of its gain. Nobody is waited for."""
+        ...
+
+
+class Hosts(Protocol):
+    """Processes elsewhere, each with an interpreter of its own, which do one call at a time."""
+
+    size: int
+
+    def call(self, number: int, work: Callable[..., Any], *arguments: Any) -> None:
+        """Have one that is idle call a function that it can import; nothing is waited for."""
+        ...
+
+    def ended(self, seconds: float) -> list[tuple[int, Any]]:
+        """Return what calls have returned, once some have or the seconds are over.
+
+        An exception stands for what a call has raised, ``RunError`` for a process that has died.
+        Another takes its place.
+        """
+        ...
+
+
+@runtime_checkable
+class Hosting(Protocol):
+    """What an engine has besides whose workers can take whole runs, so many at once if known."""
+
+    @property
+    def workers(self) -> int | None: ...
+
+    def check_device(self, device: str) -> None:
+        """Raise ``PlanError`` where its workers are of another kind."""
+        ...
+
+    def hosts(self, plans: Iterable[Plan]) -> AbstractContextManager[Hosts]:
+        """Start its workers, with what these plans' own parts are defined in; end them with it."""
+        ...
+
+    def within(self) -> tuple[Any, str]:
+        """Return the engine of a run on a worker, and the device."""
         ...
 
 

@@ -1,7 +1,7 @@
 """Clients in actors of a Ray cluster (Moritz et al. 2018, arXiv 1712.05889): GPUs and machines.
 
 Base and tokenised texts lie in the object store, once per node, and a client's memory moves with
-its task, so that machines need to share no folder.
+its task, so that machines need to share no folder. A sweep has whole runs made there instead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any
@@ -19,12 +19,15 @@ from typing import Any
 import numpy as np
 
 from fedpeft.engine._actor import Actor, Code, Returned, Versions, sources
-from fedpeft.engine._base import Engine, Stage
+from fedpeft.engine._base import Engine, Hosts, Stage
 from fedpeft.engine._cluster import first_line, imported, join
 from fedpeft.engine._dispatch import Broken, Died, Dispatch, Event, Ready, Window, event_of
 from fedpeft.engine._grouped import Grouped
+from fedpeft.engine._ray_hosts import Host, RayHosts
+from fedpeft.engine.inline import Inline
 from fedpeft.errors import PlanError, RunError
 from fedpeft.memory import Memory
+from fedpeft.plan import Plan
 from fedpeft.spec import bounded, method
 from fedpeft.types import Tensors
 from fedpeft.wire import Body
@@ -51,7 +54,7 @@ class Ray(Grouped):
 
     def made_with(self) -> dict[str, int | str]:
         """Return what decides the last bits of a run beside its plan."""
-        return {**super().made_with(), "threads": self.threads or max(1, int(self.num_cpus))}
+        return {**super().made_with(), "threads": self._threads}
 
     def check_device(self, device: str) -> None:
         """Raise ``PlanError`` where clients would train, or be measured, on another kind."""
@@ -83,25 +86,57 @@ class Ray(Grouped):
                 "the run folder; use --engine processes, or say simulate_noise=true"
             )
         with ExitStack() as stack:
-            ray = imported()
-            if not ray.is_initialized():
-                stack.callback(ray.shutdown)
-                join(ray, self.address)
-            size = self._fitting([node["Resources"] for node in ray.nodes() if node["Alive"]])
+            ray, size = self._joined(stack)
             grouping, keep = self.grouping(stage), partial(self.keep, stage)
             player = Player(stage.site, stage.memories, grouping, stage.warn, keep=keep)
-            threads = self.threads or max(1, int(self.num_cpus))
-            setup = Setup.of(stage.site, player.grouping, threads, far=True)
+            setup = Setup.of(stage.site, player.grouping, self._threads, far=True)
             parcel, tensors, arrays = pack(setup)
             contents = ray.put([*map(bytes_of, tensors), *arrays])
             code = Code([os.getcwd(), *sys.path], sources(stage.site.plan))
-            made = ray.remote(Actor).options(
-                num_cpus=self.num_cpus, num_gpus=self.num_gpus, scheduling_strategy="SPREAD"
-            )
-            place = "cuda" if self.num_gpus else "cpu"
+            made, place = self._made(ray, Actor), self._device
             crew = _Crew(ray, lambda: made.remote(code, parcel, contents, place), stage, size)
             stack.enter_context(closing(crew))
             yield Dispatch(stage, player, crew)
+
+    @contextmanager
+    def hosts(self, plans: Iterable[Plan]) -> Iterator[Hosts]:
+        """Join or start Ray for whole runs, one at a time on each worker; see ``_base.Hosting``.
+
+        Raises ``PlanError`` for more than the cluster has, ``RunError`` where none answers.
+        """
+        with ExitStack() as stack:
+            ray, size = self._joined(stack)
+            found = {name: text for plan in plans for name, text in sources(plan).items()}
+            code, made = Code([os.getcwd(), *sys.path], found), self._made(ray, Host)
+            hosts = RayHosts(ray, lambda: made.remote(code, os.getcwd(), self._threads), size)
+            yield stack.enter_context(closing(hosts))
+
+    def within(self) -> tuple[Inline, str]:
+        """Return the engine of a run on a worker, and the device; see ``_base.Hosting``."""
+        engine = Inline(group=self.group, memory=self.memory, checkpointing=self.checkpointing)
+        return engine, self._device
+
+    @property
+    def _device(self) -> str:
+        return "cuda" if self.num_gpus else "cpu"
+
+    @property
+    def _threads(self) -> int:
+        return self.threads or max(1, int(self.num_cpus))
+
+    def _joined(self, stack: ExitStack) -> tuple[Any, int]:
+        """Return Ray, joined until the end of the stack, and how many workers to start."""
+        ray = imported()
+        if not ray.is_initialized():
+            stack.callback(ray.shutdown)
+            join(ray, self.address)
+        return ray, self._fitting([node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+    def _made(self, ray: Any, actor: type[Any]) -> Any:
+        """Return what makes actors of a class, each on the resources of a worker."""
+        return ray.remote(actor).options(
+            num_cpus=self.num_cpus, num_gpus=self.num_gpus, scheduling_strategy="SPREAD"
+        )
 
     def _fitting(self, nodes: list[Mapping[str, float]]) -> int:
         """Return how many workers to start on these nodes."""

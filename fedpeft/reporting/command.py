@@ -65,7 +65,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, tables.Table], Draw]:
     if (folder / "run.json").exists():
         run = one_run.read(folder)
         told = one_run.told(run) | {"folder": str(folder)}
-        return told, tables.of_run(run.followed), lambda place: figures.of_run(told, place)
+        return (
+            told,
+            tables.of_run(run.followed, run.gains),
+            lambda place: figures.of_run(told, place),
+        )
     sweep = read_points(folder)
     _check_scores(sweep)
     told = all_runs.told(sweep)

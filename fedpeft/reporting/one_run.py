@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import hiding, releases
-from fedpeft.compare import Column
+from fedpeft.compare import Column, is_share
 from fedpeft.dashboard import shown
 from fedpeft.dashboard.ledger import number
 from fedpeft.dashboard.runs import Followed
@@ -16,15 +16,10 @@ from fedpeft.errors import FedPeftError, RunError, printable
 from fedpeft.json_lines import mapping, read_lines
 from fedpeft.past_run import read_run
 from fedpeft.plan import Plan
-from fedpeft.reporting import again, words
+from fedpeft.reporting import again, gains
 
-_ROWS = {
-    "base": "base model, untrained",
-    "alone": "each client alone (mean)",
-    "federated": "federated adapter",
-    "central": "centralised, pooled data",
-}
 _WHOSE = {"per_client": "shared adapter", "personal_per_client": "personal adapter"}
+_BY_RANK = {"across": "client, lowest first", "key": "client rank"}
 _UNITS = 1000
 """Records of the client that is asked what its steps promise: the words do not depend on it."""
 
@@ -33,13 +28,15 @@ _UNITS = 1000
 class OneRun:
     """A run that has begun: how it stands, the last evaluation of clients, and files beside it.
 
-    ``held_out`` has by adapter and metric the values of all clients, the lowest first.
+    ``held_out`` has by adapter and metric the values of all clients, the lowest first; ``gains`` by
+    metric how much better each client's shared adapter does than the one it trained alone.
     """
 
     followed: Followed
     plan: Plan | None
     held_out: Mapping[str, Mapping[str, Sequence[float]]]
     beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    gains: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def tells_of_clients(self) -> bool:
@@ -61,7 +58,7 @@ def read(path: Path) -> OneRun:
     except FedPeftError:  # code that is not here, or lines of another version
         plan = None
     found = {name: mapping(_bytes(path / name)) or {} for name in ("versions.json", "kept.json")}
-    return OneRun(followed, plan, _held_out(lines), found)
+    return OneRun(followed, plan, _held_out(lines), found, gains.of_clients(lines, followed.result))
 
 
 def _bytes(path: Path) -> bytes:
@@ -89,7 +86,7 @@ def told(run: OneRun) -> dict[str, Any]:
     return {
         "kind": "run",
         **about,
-        "charts": [*about["charts"], *_ranked(run)],
+        "charts": [*about["charts"], *_ranked(run), *gains.charts(run.gains, _BY_RANK)],
         "columns": {**about["columns"], **_ranks(run)},
         "sections": [
             {"id": "gain", "title": "Gain against training alone", "tables": list(_gain(run))},
@@ -107,9 +104,9 @@ def _ranked(run: OneRun) -> Iterator[dict[str, Any]]:
     names = dict.fromkeys(name for each in run.held_out.values() for name in each)
     for name in sorted(names, key=lambda name: (name != "accuracy", name)):
         series = {f"client {name} {whose}": whose for whose in run.held_out}
-        unit, scale = ("%", 100.0) if name in ("accuracy", "f1") else ("", 1.0)
+        unit, scale = ("%", 100.0) if is_share(name) else ("", 1.0)
         chart = shown.Chart(f"{name.capitalize()} of each client", unit, series, scale, zero=False)
-        yield {**chart.told(), "across": "client, lowest first", "key": "client rank"}
+        yield {**chart.told(), **_BY_RANK}
 
 
 def _ranks(run: OneRun) -> dict[str, list[float]]:
@@ -118,40 +115,16 @@ def _ranks(run: OneRun) -> dict[str, list[float]]:
         for whose, metrics in run.held_out.items()
         for name, values in metrics.items()
     }
+    for name, each in run.gains.items():
+        found[f"client {name} gain"] = sorted(each.values())
     most = max(map(len, found.values()), default=0)
     return {**found, "client rank": list(range(most))} if found else {}
 
 
 def _gain(run: OneRun) -> Iterator[dict[str, Any]]:
-    rows = _mapping(run.followed.result.get("rows"))
-    if rows:
-        columns = list(dict.fromkeys(name for row in rows.values() for name in _mapping(row)))
-        cells = [
-            [
-                _ROWS.get(str(name), str(name)),
-                *(words.shown(c, _mapping(row).get(c)) for c in columns),
-            ]
-            for name, row in rows.items()
-        ]
-        alone, shared = (_mapping(rows.get(name)) for name in ("alone", "federated"))
-        if alone and shared:
-            cells.append(
-                ["gain: federated less alone", *(words.less(c, shared, alone) for c in columns)]
-            )
-        yield {"head": ["test set", *(c.replace("_", " ") for c in columns)], "rows": cells}
-    gains = {str(name): _mapping(about).get("gain") for name, about in _sites(run).items()}
-    if told := {name: gain for name, gain in gains.items() if isinstance(gain, dict)}:
-        columns = list(dict.fromkeys(str(name) for gain in told.values() for name in gain))
-        cells = [
-            [printable(site), *(words.signed(c, gain.get(c)) for c in columns)]
-            for site, gain in told.items()
-        ]
-        yield {"head": ["site, by its own report", *columns], "rows": cells}
-
-
-def _sites(run: OneRun) -> Mapping[str, Any]:
-    """Return what sites told; nothing of a run whose ledger tells of no client."""
-    return run.beside.get("kept.json", {}) if run.tells_of_clients else {}
+    yield from gains.of_run(run.followed.result, run.gains)
+    if run.tells_of_clients:
+        yield from gains.of_sites(run.beside.get("kept.json", {}))
 
 
 def _promise(run: OneRun) -> Iterator[dict[str, Any]]:

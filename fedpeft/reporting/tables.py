@@ -29,8 +29,8 @@ def of_sweep(sweep: Sweep) -> dict[str, Table]:
     return {**found, "effects": effects, "pairs": pairs}
 
 
-def of_run(run: Followed) -> dict[str, Table]:
-    """Return the tables of a run by their names."""
+def of_run(run: Followed, gains: Mapping[str, Mapping[str, float]]) -> dict[str, Table]:
+    """Return the tables of a run by their names; ``gains`` are by metric and client."""
     ledger = run.ledger
     names = list(ledger.columns)
     rounds = [
@@ -40,7 +40,11 @@ def of_run(run: Followed) -> dict[str, Table]:
         "rounds": [{k: v for k, v in row.items() if v == v} | _whole(row) for row in rounds],
         "plan": [{"line": k, "value": str(v)} for k, v in run.lines.items()],
     }
-    clients = [_client(name, standing) for name, standing in sorted(ledger.clients.items())]
+    clients = [
+        _client(name, standing)
+        | {f"{metric} gain": own[name] for metric, own in gains.items() if name in own}
+        for name, standing in sorted(ledger.clients.items())
+    ]
     return {**found, "clients": clients} if clients else found
 
 

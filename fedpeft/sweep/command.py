@@ -4,36 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedpeft.durable import locked, replace_file
-from fedpeft.errors import FedPeftError, PlanError
+from fedpeft.errors import FedPeftError
 from fedpeft.federation import deal
 from fedpeft.plan import Plan
 from fedpeft.preview import preview
 from fedpeft.sweep import tuning
 from fedpeft.sweep.forecast import as_text, forecast
-from fedpeft.sweep.running import TABLE, Here, Sweep, run_sweep
+from fedpeft.sweep.place import Place
+from fedpeft.sweep.running import TABLE, Sweep, run_sweep
 from fedpeft.sweep.screen import SweepScreen
 from fedpeft.sweep.search_file import SearchFile, read_search
 from fedpeft.sweep.searching import Failures, best_of, run_search
 from fedpeft.sweep.sweep_file import Cell, read_sweep
 from fedpeft.sweep.tuning import Promise, Promises
-from fedpeft.sweep.workers import Where, Workers
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where runs are made: the spec of an engine and what it builds, a device, threads, workers."""
-
-    spec: str
-    engine: Any
-    device: str = "cpu"
-    threads: int | None = None
-    workers: int = 1
 
 
 def sweep(file: Path, out: Path, place: Place, *, check: bool = False) -> bool:
@@ -42,22 +31,18 @@ def sweep(file: Path, out: Path, place: Place, *, check: bool = False) -> bool:
     With ``check`` it is only said what would be run. Raises ``PlanError`` for a file that makes no
     sense, ``RunError`` where another sweep writes to ``out``.
     """
-    if place.workers > 1 and not place.spec.startswith("inline"):
-        raise PlanError(
-            f"--workers {place.workers}: each runs a whole plan by itself; leave out --engine "
-            f"{place.spec}, or --workers"
-        )
+    place.check()
     search = read_search(file)
     if search is not None:
         return _search(search, out, place, check)
     cells, names, promises = read_sweep(file), Addresses(), Promises()
     with SweepScreen(cells) as screen:
         lines = forecast(cells, lambda cell: out / names.folder(cell), preview)
-        screen.say(as_text(lines, place.workers))
+        screen.say(as_text(lines, place.at_once))
         screen.say(tuning.as_text(_foreseen(cells, names, promises)))
         if check:
             return not any(line.problem for line in lines)
-        with _players(place, screen) as players:
+        with place.players(_plans(cells), screen.rounds) as players:
             outcomes = run_sweep(cells, out, players, names.of, screen.outcome)
         screen.say(_kept(out, promises, {}))
     return not any(outcome.status == "failed" for outcome in outcomes)
@@ -70,14 +55,14 @@ def _search(search: SearchFile, out: Path, place: Place, check: bool) -> bool:
         first = search.first()
         screen.say([search.told()])
         lines = forecast(first, lambda cell: out / names.folder(cell), preview)
-        screen.say(f"  {line}" for line in as_text(lines, place.workers))
+        screen.say(f"  {line}" for line in as_text(lines, place.at_once))
         foreseen = _foreseen([first[i % len(first)] for i in range(runs)], names, promises)
         screen.say(tuning.as_text(foreseen))
         if foreseen and not _is_even(search.ends(), promises):
             screen.say(["  if all trials were as those of the first batch; in the end it is exact"])
         if check:
             return not any(line.problem for line in lines)
-        with _players(place, screen) as players, locked(out, "sweep"):
+        with place.players(_plans(first), screen.rounds) as players, locked(out, "sweep"):
             sweep = Sweep(out, players, names.of, screen.outcome, Failures(out), cells)
             trials = run_search(search, sweep)
         best = best_of(search, trials, sweep.outcomes)
@@ -89,17 +74,21 @@ def _search(search: SearchFile, out: Path, place: Place, check: bool) -> bool:
 def _foreseen(cells: Sequence[Cell], names: Addresses, promises: Promises) -> list[tuning.Cost]:
     """Return what choosing among these will cost; those that will be refused cost nothing."""
     found = []
-    for plan in (cell.plan for cell in cells if cell.plan):
+    for plan in _plans(cells):
         with suppress(FedPeftError):
             data = names.data(plan)
             found.append((data, promises.of(plan, data)))
     return tuning.costs(found)
 
 
+def _plans(cells: Sequence[Cell]) -> list[Plan]:
+    return [cell.plan for cell in cells if cell.plan]
+
+
 def _is_even(cells: Sequence[Cell], promises: Promises) -> bool:
     """Tell whether all of these promise the same."""
     found = set[tuple[Promise, ...]]()
-    for plan in (cell.plan for cell in cells if cell.plan):
+    for plan in _plans(cells):
         with suppress(FedPeftError):
             found.add(tuple(promises.of(plan, "")))
     return len(found) < 2
@@ -135,16 +124,3 @@ class Addresses:
     def folder(self, cell: Cell) -> str:
         """Return the name of a cell's folder; it has to have a plan."""
         return self.of(cell.plan)[:16] if cell.plan else ""
-
-
-def _players(place: Place, screen: Any) -> Any:
-    from fedpeft.driver import simulate
-
-    if place.workers > 1:
-        where = Where(place.spec, place.device, place.threads)
-        return Workers(place.workers, where, screen.rounds)
-
-    def run(plan: Plan, out: Path) -> Mapping[str, Any]:
-        return simulate(plan, out=out, resume=True, device=place.device, engine=place.engine).table
-
-    return nullcontext(Here(run))

@@ -126,11 +126,17 @@ class _Process:
         """Give it the next job that needs the base it has, or else the next; if there is one."""
         if not left:
             return
-        job = next((job for job in left if job.lines.get("model") == self.model), left[0])
-        left.remove(job)
-        self.job, self.model = job, job.lines.get("model")
+        self.job = job = next_of(left, self.model)
+        self.model = job.lines.get("model")
         with suppress(OSError):  # it has died, which reading will find
             self.pipe.send_bytes(json.dumps(asdict(job)).encode())
+
+
+def next_of(left: deque[Job], model: Any) -> Job:
+    """Take the next job that needs this model, or else the next."""
+    job = next((job for job in left if job.lines.get("model") == model), left[0])
+    left.remove(job)
+    return job
 
 
 def _how(status: int | None) -> str:
@@ -144,7 +150,7 @@ def _main(pipe: Connection, where: dict[str, Any]) -> None:
     from fedpeft.engine._worker import end_with_parent
 
     end_with_parent()
-    run = _runner(pipe, Where(**where))
+    run = runner(Where(**where), lambda told: _say(pipe, told))
     try:
         while True:
             job = Job(**json.loads(pipe.recv_bytes()))
@@ -153,27 +159,27 @@ def _main(pipe: Connection, where: dict[str, Any]) -> None:
         return
 
 
-def _runner(pipe: Connection, place: Where) -> Callable[[Plan, Path], Mapping[str, Any]]:
-    """Return what runs a plan in this process; the base stays loaded from one to the next."""
+def runner(
+    place: Where, say: Callable[[Mapping[str, int]], None] = lambda _: None
+) -> Callable[[Plan, Path], Mapping[str, Any]]:
+    """Return what runs a plan in this process; the base stays loaded from one to the next.
+
+    ``say`` is told the ``round`` that has ended, of so many ``rounds``.
+    """
     import torch
 
     from fedpeft.driver import simulate
     from fedpeft.watching import Quiet
 
     class Rounds(Quiet):
-        """Tells the parent of each round."""
-
         rounds = 0
 
         def begin(self, plan: Plan, round: int) -> None:
             self.rounds = plan.rounds
-            self._say(round)
+            say({"round": round, "rounds": self.rounds})
 
         def round(self, line: Line) -> None:
-            self._say(line["round"] + 1)
-
-        def _say(self, done: int) -> None:
-            _say(pipe, {"round": done, "rounds": self.rounds})
+            say({"round": line["round"] + 1, "rounds": self.rounds})
 
     if place.threads is not None:
         torch.set_num_threads(place.threads)
