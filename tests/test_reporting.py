@@ -110,6 +110,8 @@ def test_points_are_what_the_ledgers_say(runs: Path, told: Path) -> None:
         assert found == pytest.approx(wanted)
         sent = [sum(li["up_bytes"] + li["down_bytes"] for li in lines) for lines in seeds.values()]
         assert float(row["megabytes"]) == pytest.approx(statistics.fmean(sent) / 1e6)
+        up = [sum(each["up_bytes"] for each in lines) for lines in seeds.values()]
+        assert float(row["megabytes up"]) == pytest.approx(statistics.fmean(up) / 1e6)
         spent = {lines[-1].get("epsilon") for lines in seeds.values()}
         assert row["epsilon of users"] == ("" if spent == {None} else "3.0")
     assert rows["misspelt", "none", "raw"]["finished"] == "0"
@@ -132,6 +134,7 @@ def test_the_page_has_the_numbers_of_the_tables(told: Path) -> None:
             assert mean == pytest.approx(float(row["test/accuracy"]), rel=1e-4)
             assert low == pytest.approx(float(row["test/accuracy low"]), rel=1e-4)
             assert point["mb"] == pytest.approx(float(row["megabytes"]), rel=1e-4)
+            assert point["up"] == pytest.approx(float(row["megabytes up"]), rel=1e-4)
 
 
 def test_neighbours_are_compared_as_scipy_compares_them(runs: Path, told: Path) -> None:
@@ -225,7 +228,7 @@ def test_plots_are_for_papers(told: Path) -> None:
     names = {path.name for path in (told / "figures").iterdir()}
     assert names == {
         f"score-against-{cost}.{kind}"
-        for cost in ("epsilon-of-users", "megabytes")
+        for cost in ("epsilon-of-users", "megabytes", "megabytes-up")
         for kind in ("png", "svg")
     }
     with Image.open(told / "figures/score-against-megabytes.png") as image:
@@ -327,7 +330,7 @@ def test_what_each_client_gained_is_that_of_the_exported_adapter(tmp_path: Path)
         page = report(path, None, _never, overwrite=True)
         found = shown(page)
         assert found["columns"]["client accuracy gain"] == sorted(gains.values())
-        (chart,) = (c for c in found["charts"] if "training alone" in c["title"])
+        (chart,) = (c for c in found["charts"] if c["title"] == "Gain in accuracy")
         assert (chart["unit"], chart["scale"]) == ("points", 100.0)
         (row,) = found["sections"][0]["tables"][1]["rows"]
         better = sum(gain > 0 for gain in gains.values())

@@ -79,11 +79,11 @@ def test_points_are_filtered_in_table_and_charts(page: Browser, about_sweep: str
     page.open(about_sweep)
     page.wait(READY)
     marks = "document.querySelectorAll('.scatter [data-at]').length"
-    page.wait(f"{marks} === 16")
+    page.wait(f"{marks} === 24")
     page.tell("$('search').value = 'LORA HALF'; $('search').dispatchEvent(new Event('input'))")
     assert cells(page, UPLINK) == ["half", "half"]
     assert page.tell("$('points-count').innerText") == "2 of 10"
-    assert page.tell(marks) == 4
+    assert page.tell(marks) == 6
     page.tell(
         "$('search').value = ''; $('search').dispatchEvent(new Event('input'));"
         "const box = document.querySelectorAll('#filters select')[1]; box.value = '=none';"

@@ -155,6 +155,7 @@ function pointText(point) {
 }
 const scatters = told.protected.map((whom, i) => Object.assign(new Scatter(`Score against ${whom}`, `${whom} at the end of a run`, (point) => (point.epsilon[i] === null ? Infinity : point.epsilon[i])), { dodges: true }));
 if (points.some((point) => point.mb)) scatters.push(new Scatter("Score against megabytes", "MB up and down, a run", (point) => point.mb || null));
+if (points.some((point) => point.up)) scatters.push(new Scatter("Score against megabytes up", "MB up, a run", (point) => point.up || null));
 told.axes.forEach((axis, i) => { // an axis of numbers: what a search has tried, or a grid of rates, ranks or rounds
   const numbers = values(i).map(Number);
   if (numbers.length < 4 || numbers.some((number) => !(number > 0))) return;

@@ -135,6 +135,7 @@ def _point(
         "seeds": [[t.seed, t.status, t.name, _own(t.run, names)] for t in point.trials],
         "epsilon": [_short(scores.epsilon(point, whom)) for whom in protected],
         "mb": _short(scores.megabytes(point)),
+        "up": _short(scores.uplink(point)),
         "seconds": _short(scores.mean([run.seconds for run in runs])),
         "rounds": max((run.rounds for run in runs), default=0),
         "promise": point.promise,

@@ -40,6 +40,7 @@ _STYLE: Any = {
 }
 _SIZE, _DPI = (4.6, 3.3), 200
 _MOST_DOTS, _MOST_NAMED = 25, 12
+_TRAFFIC = {"megabytes": "MB up and down, a run", "megabytes up": "MB up, a run"}
 
 
 def of_run(told: Mapping[str, Any], folder: Path) -> list[str]:
@@ -55,7 +56,7 @@ def of_sweep(told: Mapping[str, Any], sweep: Sweep, folder: Path) -> list[str]:
     metric = told["metrics"][0]
     costs: dict[str, Any] = {whom: _spender(whom) for whom in told["protected"]}
     if any(scores.megabytes(point) for point in sweep.points):
-        costs["megabytes"] = scores.megabytes
+        costs |= {"megabytes": scores.megabytes, "megabytes up": scores.uplink}
     with _style():
         return [
             _save(_frontier(sweep, metric, cost, of), folder, f"score against {cost}")
@@ -88,7 +89,9 @@ def _charts(told: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
             marker = _MARKERS[at % 6] if len(pairs) <= _MOST_DOTS else ""
             axes.plot(*zip(*pairs, strict=True), color=_COLOURS[at % 6], linestyle=_DASHES[at % 6],
                       marker=marker, markersize=3.5, label=series["label"])  # fmt: skip
-        if chart["zero"]:
+        if chart["zero"] and axes.dataLim.ymin < 0:
+            axes.axhline(0, color=_STYLE["axes.edgecolor"], linewidth=0.8)
+        elif chart["zero"]:
             axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(chart.get("across", "round"))
@@ -114,7 +117,7 @@ def _frontier(sweep: Sweep, metric: Mapping[str, Any], cost: str, of: Any) -> Fi
     far = max(known, default=1.0) * 1.9
     values = list(dict.fromkeys(p.values[axis] if axis else "" for _, p, _, _ in found))
     for colour, value in enumerate(values):
-        aside = 1.0 if cost == "megabytes" else 1.018 ** (colour - 1.5)  # one epsilon has many
+        aside = 1.0 if cost in _TRAFFIC else 1.018 ** (colour - 1.5)  # one epsilon has many
         own = [
             (at, point, aside * min(x, far), score)
             for at, point, x, score in found
@@ -129,9 +132,7 @@ def _frontier(sweep: Sweep, metric: Mapping[str, Any], cost: str, of: Any) -> Fi
         _draw(axes, kept, own, [members[each[0]] for each in own], scale, colour, value)
     axes.set_xscale("log")
     _ticks(axes, known, far if len(known) < len(found) else None)
-    axes.set_xlabel(
-        "MB up and down, a run" if cost == "megabytes" else f"{cost} at the end of a run"
-    )
+    axes.set_xlabel(_TRAFFIC.get(cost, f"{cost} at the end of a run"))
     axes.set_ylabel(metric["label"] + (f" ({metric['unit']})" if metric["unit"] else ""))
     if axis and 1 < len(values) <= _MOST_NAMED:
         _legend(figure, axes, axis)

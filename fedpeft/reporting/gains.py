@@ -80,9 +80,8 @@ def charts(gains: Gains, axis: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Yield a chart per metric of what clients gained, the lowest first."""
     for name in gains:
         unit, scale = ("points", 100.0) if is_share(name) else ("", 1.0)
-        title = f"{name.capitalize()}: shared adapter less training alone"
-        chart = shown.Chart(title, unit, {f"client {name} gain": "gain"}, scale, zero=True)
-        yield {**chart.told(), **axis}
+        series = {f"client {name} gain": "shared adapter less training alone"}
+        yield {**shown.Chart(f"Gain in {name}", unit, series, scale).told(), **axis}
 
 
 def _counted(name: str, gains: Collection[float]) -> list[str]:

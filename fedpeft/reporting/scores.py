@@ -63,6 +63,12 @@ def megabytes(point: Point) -> float | None:
     return mean([run.megabytes for run in point.finished.values()])
 
 
+def uplink(point: Point) -> float | None:
+    """Return the megabytes of them that clients send; ``None`` if untold."""
+    sent = mean([run.up_bytes for run in point.finished.values()])
+    return None if sent is None else sent / 1e6
+
+
 def epsilon(point: Point, whom: str) -> float | None:
     """Return what is spent at the end of a run, the most over seeds; ``None`` of no promise."""
     known = [run.spent.get(whom) for run in point.finished.values()]

@@ -80,7 +80,7 @@ def _points(sweep: Sweep, names: Sequence[str]) -> Iterator[dict[str, Any]]:
                     row |= {f"{name} low": found.band[0], f"{name} high": found.band[1]}
         for whom in scores.protected(sweep):
             row[whom] = scores.epsilon(point, whom)
-        row["megabytes"] = scores.megabytes(point)
+        row |= {"megabytes": scores.megabytes(point), "megabytes up": scores.uplink(point)}
         row |= {f"front by {name}": found.members[at] for name, found in fronts.items()}
         yield {name: value for name, value in row.items() if value is not None}
 
