@@ -223,6 +223,10 @@ def note(line: Mapping[str, Any]) -> str:
     places = ("test", "clients", "personal")
     names = ["loss", *(f"{place}/{n}" for place in places for n in ("accuracy", "loss"))]
     shown = [f"{n} {line[n]:.4f}" for n in names if n in line]
+    if line.get("reachable") == 0:
+        shown.insert(0, "no client was within reach")
+    elif line.get("replied") == []:
+        shown.insert(0, "no reply was used")
     if "seconds" in line:
         shown.append(f"{line['seconds']:.1f} s")
     return "  ".join(shown)
