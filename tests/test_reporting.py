@@ -362,6 +362,20 @@ def test_of_a_private_run_nothing_is_shown_but_what_its_ledger_says(tmp_path: Pa
     assert not (path / "report/tables/clients.csv").exists()
 
 
+@pytest.mark.parametrize("unit", ["", ", unit='patient'"])
+def test_a_promise_to_records_names_its_unit_sampler_and_accountant(
+    tmp_path: Path, unit: str
+) -> None:
+    promise = {"privacy": f"record(epsilon=3.0{unit})", "evaluate": "test", "holdout": 0.0}
+    path = lay(tmp_path / "run", [{"round": 0, "epsilon_record": 1.0, "test/loss": 0.5}], **promise)
+    facts = dict(shown(report(path, None, _never))["sections"][1]["tables"][0]["rows"])
+    what = "patient" if unit else "record"
+    assert what in facts["Unit hidden"]
+    assert facts["Batches"].startswith(f"each {what} is in a step's batch by a coin of its own")
+    assert "accountant PLD" in facts["Batches"]
+    assert facts["Hidden from"] == "the server, other clients and readers of the model"
+
+
 def test_what_sites_told_of_their_gain_is_shown_of_other_runs(tmp_path: Path) -> None:
     path = lay(tmp_path / "run", [line(0, 0.5, 10)])
     (path / "kept.json").write_text(json.dumps({"site-a": {"gain": {"accuracy": 0.125}}}))

@@ -165,6 +165,8 @@ def _of_records(plan: Plan) -> dict[str, str]:
         if plan.privacy.secret
         else "NOT private: noise and batches follow from the plan's seed",
         "Unit hidden": f"{told['unit']}; neighbours: {told['relation']}",
+        "Batches": f"each {step.column or 'record'} is in a step's batch by a coin of its own "
+        f"(Poisson); accountant {told['accountant']}",
         "Hidden from": str(told["adversary"]),
     }
 
