@@ -149,10 +149,11 @@ class _LetGo(Sequence[Row]):
         raise RunError("the rows were let go once they were tokenised; deal the plan again")
 
 
-def deal(plan: Plan) -> Federation:
+def deal(plan: Plan, splits: Splits | None = None) -> Federation:
     """Load the data, deal it to clients and set aside their held-out records.
 
-    Raises ``DataError`` or ``PlanError`` naming the line of the plan.
+    ``splits`` are what the data line loads, where that has been done. Raises ``DataError`` or
+    ``PlanError`` naming the line of the plan.
     """
     if isinstance(plan.data, Scattered):
         raise PlanError(
@@ -161,7 +162,7 @@ def deal(plan: Plan) -> Federation:
             "partition='by_field(field=...)' with the column that says whose they are"
         )
     try:
-        splits = plan.data.load()
+        splits = splits or plan.data.load()
         classes = tuple(plan.task.classes(splits.train))
         labels = plan.task.labels(splits.train)
     except FedPeftError as error:

@@ -104,17 +104,23 @@ class _Traffic:
         return Size(round(total / self._plan.rounds), all(s.exact for s in sizes.values()))
 
 
-def preview(plan: Plan) -> dict[str, Any]:
+def preview(
+    plan: Plan,
+    federation: Federation | None = None,
+    read: Callable[[Plan, Federation, int], None] = check_texts,
+) -> dict[str, Any]:
     """Return the plan's costs as plain values. Raises ``FedPeftError`` where it cannot run.
+
+    ``federation`` is given where it is not dealt here; ``read`` reads every text.
 
     Bytes are measured by packing; a message differs by the digits of the numbers in its header,
     and cohorts that are drawn by chance count with their expected size. ``exact`` is false where
     a codec's output depends on the values, or edits of the base are sent, whose ranks do. What
     follows from how many records clients have is left out where only they know it.
     """
-    checked = check(plan, gathered(plan) if is_scattered(plan) else None)
+    checked = check(plan, gathered(plan) if is_scattered(plan) else federation)
     federation, found, shapes = checked.federation, checked.outline, checked.shapes
-    check_texts(plan, federation, found.limit)
+    read(plan, federation, found.limit)
     population = federation.population
     tables = Tables(plan, shapes, found.head)
     attendance = Attendance(plan, federation.crowd(plan.seed))

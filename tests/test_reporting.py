@@ -366,7 +366,11 @@ def test_of_a_private_run_nothing_is_shown_but_what_its_ledger_says(tmp_path: Pa
 def test_a_promise_to_records_names_its_unit_sampler_and_accountant(
     tmp_path: Path, unit: str
 ) -> None:
-    promise = {"privacy": f"record(epsilon=3.0{unit})", "evaluate": "test", "holdout": 0.0}
+    promise: dict[str, Any] = {
+        "privacy": f"record(epsilon=3.0{unit})",
+        "evaluate": "test",
+        "holdout": 0.0,
+    }
     path = lay(tmp_path / "run", [{"round": 0, "epsilon_record": 1.0, "test/loss": 0.5}], **promise)
     facts = dict(shown(report(path, None, _never))["sections"][1]["tables"][0]["rows"])
     what = "patient" if unit else "record"

@@ -21,6 +21,7 @@ from fedpeft.sweep import command
 from fedpeft.sweep.forecast import as_text, forecast
 from fedpeft.sweep.outcomes import Outcome
 from fedpeft.sweep.place import Place
+from fedpeft.sweep.readings import Readings
 from fedpeft.sweep.running import Here, run_sweep
 from fedpeft.sweep.screen import SweepScreen
 from fedpeft.sweep.sweep_file import Cell, read_sweep
@@ -275,7 +276,7 @@ def test_what_it_costs_and_what_is_refused_is_said_before(bert: Path, tmp_path: 
     promises = ["none", "user(epsilon=3.0, clip=0.5, simulate_noise=true)"]
     axes = {"privacy": promises, "uplink": ["raw", "half", "hlf"]}
     path, out = write(tmp_path, plan=lines, axes=axes, seeds=[0, 1]), tmp_path / "out"
-    cells, names = read_sweep(path), command.Addresses()
+    cells, names = read_sweep(path), Readings()
     run_sweep(cells[:1], out, Here(simulated), names.of, lambda *_: None)
     found = forecast(cells, lambda cell: out / names.folder(cell), preview)
     assert [line.runs for line in found] == [2] * 6
@@ -295,7 +296,7 @@ def test_what_it_costs_and_what_is_refused_is_said_before(bert: Path, tmp_path: 
 
 def test_results_of_another_version_are_named(bert: Path, tmp_path: Path) -> None:
     path, out = write(tmp_path, plan=support_lines(bert, rounds=1)), tmp_path / "out"
-    cells, names = read_sweep(path), command.Addresses()
+    cells, names = read_sweep(path), Readings()
     folder = out / names.folder(cells[0])
     folder.mkdir(parents=True)
     (folder / "result.json").write_text("[1]")

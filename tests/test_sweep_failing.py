@@ -19,6 +19,7 @@ from fedpeft.durable import acquire, replace_file
 from fedpeft.errors import RunError
 from fedpeft.sweep import command
 from fedpeft.sweep.place import Place
+from fedpeft.sweep.readings import Readings
 from fedpeft.sweep.sweep_file import read_sweep
 from tests.test_sweep import run, simulated, statuses, write
 from tests.tiny import support_lines
@@ -142,7 +143,7 @@ def test_a_second_sweep_in_a_folder_ends_with_a_line(bert: Path, tmp_path: Path)
 def test_results_of_another_version_are_a_failed_row_and_stay(bert: Path, tmp_path: Path) -> None:
     lines, out = support_lines(bert, rounds=1), tmp_path / "out"
     path = write(tmp_path, plan=lines, seeds=[0, 1])
-    names = command.Addresses()
+    names = Readings()
     first, _ = read_sweep(path)
     table = out / names.folder(first) / "result.json"
     table.parent.mkdir(parents=True)
@@ -159,7 +160,7 @@ def test_a_run_begun_by_another_plan_under_the_same_name_is_not_overwritten(
 ) -> None:
     path, out = write(tmp_path, plan=support_lines(bert, rounds=1)), tmp_path / "out"
     (cell,) = read_sweep(path)
-    folder = out / command.Addresses().folder(cell)
+    folder = out / Readings().folder(cell)
     folder.mkdir(parents=True)
     (folder / "thesis.tex").write_text("years of work")
     (outcome,) = run(path, out)

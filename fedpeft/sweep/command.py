@@ -11,12 +11,11 @@ from typing import Any
 
 from fedpeft.durable import locked, replace_file
 from fedpeft.errors import FedPeftError
-from fedpeft.federation import deal
 from fedpeft.plan import Plan
-from fedpeft.preview import preview
 from fedpeft.sweep import tuning
 from fedpeft.sweep.forecast import as_text, forecast
 from fedpeft.sweep.place import Place
+from fedpeft.sweep.readings import Readings
 from fedpeft.sweep.running import TABLE, Sweep, run_sweep
 from fedpeft.sweep.screen import SweepScreen
 from fedpeft.sweep.search_file import SearchFile, read_search
@@ -35,35 +34,37 @@ def sweep(file: Path, out: Path, place: Place, *, check: bool = False) -> bool:
     search = read_search(file)
     if search is not None:
         return _search(search, out, place, check)
-    cells, names, promises = read_sweep(file), Addresses(), Promises()
+    cells, readings, promises = read_sweep(file), Readings(), Promises()
     with SweepScreen(cells) as screen:
-        lines = forecast(cells, lambda cell: out / names.folder(cell), preview)
+        lines = forecast(cells, lambda cell: out / readings.folder(cell), readings.preview)
         screen.say(as_text(lines, place.at_once))
-        screen.say(tuning.as_text(_foreseen(cells, names, promises)))
+        screen.say(tuning.as_text(_foreseen(cells, readings, promises)))
+        readings.close()
         if check:
             return not any(line.problem for line in lines)
         with place.players(_plans(cells), screen.rounds) as players:
-            outcomes = run_sweep(cells, out, players, names.of, screen.outcome)
+            outcomes = run_sweep(cells, out, players, readings.of, screen.outcome)
         screen.say(_kept(out, promises, {}))
     return not any(outcome.status == "failed" for outcome in outcomes)
 
 
 def _search(search: SearchFile, out: Path, place: Place, check: bool) -> bool:
-    names, promises, cells = Addresses(), Promises(), list[Cell]()
+    readings, promises, cells = Readings(), Promises(), list[Cell]()
     runs = search.search.trials * len(search.seeds)
     with SweepScreen(cells, total=runs) as screen:
         first = search.first()
         screen.say([search.told()])
-        lines = forecast(first, lambda cell: out / names.folder(cell), preview)
+        lines = forecast(first, lambda cell: out / readings.folder(cell), readings.preview)
         screen.say(f"  {line}" for line in as_text(lines, place.at_once))
-        foreseen = _foreseen([first[i % len(first)] for i in range(runs)], names, promises)
+        foreseen = _foreseen([first[i % len(first)] for i in range(runs)], readings, promises)
         screen.say(tuning.as_text(foreseen))
         if foreseen and not _is_even(search.ends(), promises):
             screen.say(["  if all trials were as those of the first batch; in the end it is exact"])
+        readings.close()
         if check:
             return not any(line.problem for line in lines)
         with place.players(_plans(first), screen.rounds) as players, locked(out, "sweep"):
-            sweep = Sweep(out, players, names.of, screen.outcome, Failures(out), cells)
+            sweep = Sweep(out, players, readings.of, screen.outcome, Failures(out), cells)
             trials = run_search(search, sweep)
         best = best_of(search, trials, sweep.outcomes)
         screen.say([best.told(search) if best else "no trial has come to an end"])
@@ -71,12 +72,12 @@ def _search(search: SearchFile, out: Path, place: Place, check: bool) -> bool:
     return best is not None
 
 
-def _foreseen(cells: Sequence[Cell], names: Addresses, promises: Promises) -> list[tuning.Cost]:
+def _foreseen(cells: Sequence[Cell], readings: Readings, promises: Promises) -> list[tuning.Cost]:
     """Return what choosing among these will cost; those that will be refused cost nothing."""
     found = []
     for plan in _plans(cells):
         with suppress(FedPeftError):
-            data = names.data(plan)
+            data = readings.data(plan)
             found.append((data, promises.of(plan, data)))
     return tuning.costs(found)
 
@@ -100,27 +101,3 @@ def _kept(out: Path, promises: Promises, beside: Mapping[str, Any]) -> list[str]
     told = {**beside, "costs": [asdict(cost) for cost in found]}
     replace_file(out / tuning.COSTS, [(json.dumps(told, indent=1) + "\n").encode()], "result")
     return [*tuning.as_text(found), str(out / TABLE)]
-
-
-class Addresses:
-    """Content addresses of plans. Data that several plans share are read once."""
-
-    def __init__(self) -> None:
-        self._data: dict[str, str] = {}
-
-    def of(self, plan: Plan) -> str:
-        """Return a plan's address. Raises ``FedPeftError`` where its data cannot be dealt."""
-        from fedpeft.driver import plan_digest
-
-        return plan_digest(plan, self.data(plan))
-
-    def data(self, plan: Plan) -> str:
-        """Return the fingerprint of a plan's data. Raises ``FedPeftError``."""
-        line = str(plan.lines()["data"])
-        if line not in self._data:
-            self._data[line] = deal(plan).splits.fingerprint
-        return self._data[line]
-
-    def folder(self, cell: Cell) -> str:
-        """Return the name of a cell's folder; it has to have a plan."""
-        return self.of(cell.plan)[:16] if cell.plan else ""
