@@ -226,17 +226,18 @@ def test_plots_are_for_papers(told: Path) -> None:
     from PIL import Image
 
     names = {path.name for path in (told / "figures").iterdir()}
-    assert names == {
-        f"score-against-{cost}.{kind}"
-        for cost in ("epsilon-of-users", "megabytes", "megabytes-up")
-        for kind in ("png", "svg")
-    }
+    costs = ("epsilon-of-users", "megabytes", "megabytes-up")
+    plots = [f"score-against-{cost}" for cost in costs]
+    plots += [f"score-by-{axis}" for axis in ("method", "privacy", "uplink")]
+    assert names == {f"{plot}.{kind}" for plot in plots for kind in ("png", "svg")}
     with Image.open(told / "figures/score-against-megabytes.png") as image:
         assert image.width >= 900
     text = (told / "figures/score-against-epsilon-of-users.svg").read_text()
     assert "accuracy, test set (%)" in text
     assert "epsilon of users at the end of a run" in text
     assert HOSTILE not in text
+    text = (told / "figures/score-by-privacy.svg").read_text()
+    assert all(word in text for word in ("accuracy, test set (%)", ">privacy<", ">method<", "lora"))
 
 
 def test_a_plan_of_the_page_is_the_one_that_was_run(runs: Path, told: Path) -> None:

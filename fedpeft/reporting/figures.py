@@ -3,64 +3,54 @@
 from __future__ import annotations
 
 import math
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.reporting import scores
+from fedpeft.reporting.drawing import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    STYLE,
+    cut,
+    empty,
+    legend,
+    save,
+    style,
+)
 from fedpeft.reporting.points import Point, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0072b2", "#c4500a", "#00825f", "#a8578a", "#6b6b00", "#3d4a5c")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_DASHES = ("-", "--", ":", "-.", (0, (3, 1)), (0, (8, 2)))
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # names of runs may hold dollars
-    "svg.hashsalt": "fedpeft",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e3e7ec",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#7a8796",
-    "axes.labelcolor": "#1b2430",
-    "xtick.color": "#3d4a5c",
-    "ytick.color": "#3d4a5c",
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.6,
-}
-_SIZE, _DPI = (4.6, 3.3), 200
-_MOST_DOTS, _MOST_NAMED = 25, 12
+_MOST_DOTS, _MOST_NAMED, _MOST_VALUES = 25, 12, 16
 _TRAFFIC = {"megabytes": "MB up and down, a run", "megabytes up": "MB up, a run"}
 
 
 def of_run(told: Mapping[str, Any], folder: Path) -> list[str]:
     """Write a plot for each chart of a run's page; return their names."""
-    with _style():
-        return [_save(figure, folder, title) for title, figure in _charts(told)]
+    with style():
+        return [save(figure, folder, title) for title, figure in _charts(told)]
 
 
 def of_sweep(told: Mapping[str, Any], sweep: Sweep, folder: Path) -> list[str]:
-    """Write plots of the first score against each cost; return their names."""
+    """Write plots of the first score against each cost and each axis; return their names."""
     if not told["metrics"]:
         return []
     metric = told["metrics"][0]
     costs: dict[str, Any] = {whom: _spender(whom) for whom in told["protected"]}
     if any(scores.megabytes(point) for point in sweep.points):
         costs |= {"megabytes": scores.megabytes, "megabytes up": scores.uplink}
-    with _style():
+    axes = [axis for axis in sweep.axes if 1 < len(_values(sweep, axis)) <= _MOST_VALUES]
+    with style():
         return [
-            _save(_frontier(sweep, metric, cost, of), folder, f"score against {cost}")
-            for cost, of in costs.items()
+            *(
+                save(_frontier(sweep, metric, cost, of), folder, f"score against {cost}")
+                for cost, of in costs.items()
+            ),
+            *(save(_by_axis(sweep, metric, axis), folder, f"score by {axis}") for axis in axes),
         ]
 
 
@@ -77,7 +67,7 @@ def _charts(told: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
 
     columns = told["columns"]
     for chart in told["charts"]:
-        figure, axes = _empty()
+        figure, axes = empty()
         across = columns[chart.get("key", "round")]
         for at, series in enumerate(chart["series"]):
             values = columns[series["column"]]
@@ -86,11 +76,11 @@ def _charts(told: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
                 for x, y in zip(across, values, strict=False)
                 if y is not None
             ]
-            marker = _MARKERS[at % 6] if len(pairs) <= _MOST_DOTS else ""
-            axes.plot(*zip(*pairs, strict=True), color=_COLOURS[at % 6], linestyle=_DASHES[at % 6],
+            marker = MARKERS[at % 6] if len(pairs) <= _MOST_DOTS else ""
+            axes.plot(*zip(*pairs, strict=True), color=COLOURS[at % 6], linestyle=DASHES[at % 6],
                       marker=marker, markersize=3.5, label=series["label"])  # fmt: skip
         if chart["zero"] and axes.dataLim.ymin < 0:
-            axes.axhline(0, color=_STYLE["axes.edgecolor"], linewidth=0.8)
+            axes.axhline(0, color=STYLE["axes.edgecolor"], linewidth=0.8)
         elif chart["zero"]:
             axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -98,16 +88,16 @@ def _charts(told: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
         unit = f" ({chart['unit']})" if chart["unit"] else ""
         axes.set_ylabel(f"{chart['title']}{unit}")
         if len(chart["series"]) > 1:
-            _legend(figure, axes, "")
+            legend(figure, axes, "")
         yield chart["title"], figure
 
 
 def _frontier(sweep: Sweep, metric: Mapping[str, Any], cost: str, of: Any) -> Figure:
     """Draw the score of each point, a line through the best of each value of the first axis."""
-    figure, axes = _empty()
+    figure, axes = empty()
     name, scale, sign = metric["name"], metric["scale"], 1.0 if metric["higher"] else -1.0
     members = scores.front(sweep, name).members
-    axis = next((a for a in sweep.axes if 1 < len(_values(sweep, a)) <= len(_COLOURS)), None)
+    axis = next((a for a in sweep.axes if 1 < len(_values(sweep, a)) <= len(COLOURS)), None)
     found = [
         (at, point, float(x), score)
         for at, point in enumerate(sweep.points)
@@ -135,18 +125,53 @@ def _frontier(sweep: Sweep, metric: Mapping[str, Any], cost: str, of: Any) -> Fi
     axes.set_xlabel(_TRAFFIC.get(cost, f"{cost} at the end of a run"))
     axes.set_ylabel(metric["label"] + (f" ({metric['unit']})" if metric["unit"] else ""))
     if axis and 1 < len(values) <= _MOST_NAMED:
-        _legend(figure, axes, axis)
+        legend(figure, axes, axis)
     return figure
 
 
-def _legend(figure: Figure, axes: Axes, title: str) -> None:
-    """Name the lines below the plot, where they hide none of it."""
-    names = axes.get_legend_handles_labels()[1]
-    if not names:
-        return
-    wide = 2 if max(map(len, names)) > 16 else min(4, len(names))
-    figure.legend(loc="outside lower center", ncols=wide, title=title or None, title_fontsize=8,
-                  handlelength=2.6)  # fmt: skip
+def _by_axis(sweep: Sweep, metric: Mapping[str, Any], axis: str) -> Figure:
+    """Draw the score of each point beside those of the same value, in the colours of another axis.
+
+    Bars are 95 % intervals of the mean over seeds.
+    """
+    figure, axes = empty()
+    others = [a for a in sweep.axes if a != axis and 1 < len(_values(sweep, a)) <= len(COLOURS)]
+    other = max(others, key=lambda a: len(_values(sweep, a)), default=None)
+    places, colours = _values(sweep, axis), _values(sweep, other) if other else [""]
+    scored = [(point, scores.score(point.scores(metric["name"]))) for point in sweep.points]
+    for colour, value in enumerate(colours):
+        own = [
+            (places.index(point.values[axis]), metric["scale"] * score.mean, _bar(score, metric))
+            for point, score in scored
+            if score is not None and (other is None or point.values[other] == value)
+        ]
+        aside = 0.12 * (colour - (len(colours) - 1) / 2)
+        axes.errorbar(
+            [place + aside for place, _, _ in own],
+            [mean for _, mean, _ in own],
+            yerr=[bar for _, _, bar in own],
+            fmt=MARKERS[colour],
+            color=COLOURS[colour],
+            markersize=4.5,
+            elinewidth=1.0,
+            capsize=2,
+            label=cut(value),
+        )
+    names = [cut(place) for place in places]
+    slant = sum(map(len, names)) > 55
+    axes.set_xticks(
+        range(len(places)), names, rotation=25 * slant, ha="right" if slant else "center"
+    )
+    axes.set_xlabel(axis)
+    axes.set_ylabel(metric["label"] + (f" ({metric['unit']})" if metric["unit"] else ""))
+    if other:
+        legend(figure, axes, other)
+    return figure
+
+
+def _bar(score: scores.Score, metric: Mapping[str, Any]) -> float:
+    """Return how far a band reaches to either side; nothing of one seed."""
+    return metric["scale"] * (score.band[1] - score.mean) if score.band else 0.0
 
 
 def _values(sweep: Sweep, axis: str) -> list[str]:
@@ -162,13 +187,13 @@ def _draw(
     colour: int,
     label: str,
 ) -> None:
-    tint, marker = _COLOURS[colour % 6], _MARKERS[colour % 6]
+    tint, marker = COLOURS[colour % 6], MARKERS[colour % 6]
 
     def place(some: Sequence[Any]) -> tuple[list[float], list[float]]:
         return [each[2] for each in some], [scale * each[3].mean for each in some]
 
     axes.scatter(*place(own), s=10, color=tint, alpha=0.3, marker=marker, linewidths=0)
-    axes.plot(*place(kept), color=tint, linestyle=_DASHES[colour % 6], label=label or None,
+    axes.plot(*place(kept), color=tint, linestyle=DASHES[colour % 6], label=label or None,
               marker=marker, markersize=4.5, markerfacecolor="white")  # fmt: skip
     if (banded := [each for each in kept if each[3].band]) and len(banded) > 1:
         low, high = ([scale * each[3].band[end] for each in banded] for end in (0, 1))
@@ -193,27 +218,3 @@ def _ticks(axes: Axes, known: Sequence[float], far: float | None) -> None:
         axes.axvline(far / 1.35, color="#b9c2cc", linewidth=0.8, linestyle=":")
     axes.set_xticks([mark for mark, _ in at], [text for _, text in at])
     axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _style() -> Any:
-    import matplotlib
-
-    return matplotlib.rc_context(_STYLE)
-
-
-def _empty() -> tuple[Figure, Axes]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Made
-
-    figure = Made(figsize=_SIZE, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
-
-
-def _save(figure: Figure, folder: Path, title: str) -> str:
-    name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
-        figure.savefig(folder / f"{name}.png", dpi=_DPI)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    return name
