@@ -123,7 +123,7 @@ def one_round(run: Run, at: Checkpoint) -> Checkpoint:
         if not is_guarded(plan):
             raise RunError(problem)
         run.watch.warn(problem)  # to stop here would tell of clients: what is released is noise
-    line = _line(run, course, report, sent, weights)
+    line = _line(run, course, report, sent)
     line |= spent(plan, len(population), state)
     if plan.privacy.hides:
         line |= hiding.spent(plan, run.site.federation.counted, state.round + 1)
@@ -206,17 +206,15 @@ def _past(state: ServerState, flying: Iterable[Flight]) -> Mapping[int, Tensors]
     return {at: state.at(at).params for at in sorted({flight.version for flight in flying})}
 
 
-def _line(
-    run: Run, course: Course, report: Report, sent: Traffic, weights: Weights
-) -> dict[str, Any]:
+def _line(run: Run, course: Course, report: Report, sent: Traffic) -> dict[str, Any]:
     """Return what the ledger says of what was sent, what came and what it weighs."""
     population, replied = run.engine.population(), report.replied
     line: dict[str, Any] = {"round": course.stands.version, "asked": len(course.stands.asked)}
     line |= {"replied": list(replied), **report.metrics, **told(sent.sent, report.up)}
     line |= {"refused": dict(report.refused)} if report.refused else {}
-    line |= {**weighted(weights, replied), **report.spread}
+    line |= {**weighted(report.weights, replied), **report.spread}
     line |= run.participation.after(replied, population)
-    line |= label_bias(run.attendance.crowd, population, replied, weights)
+    line |= label_bias(run.attendance.crowd, population, replied, report.weights)
     return line | _timing(run, course, report)
 
 

@@ -15,6 +15,7 @@ from fedpeft.first_gradient import public_splits
 from fedpeft.models._locate import file_of, locate
 from fedpeft.models._outline import Outline, outline
 from fedpeft.plan import Plan
+from fedpeft.scattered import is_scattered
 from fedpeft.spec import describe, nearest
 from fedpeft.state import ServerState
 from fedpeft.types import Asking, Narrowing, Shapes
@@ -82,6 +83,12 @@ def _check_cohort(plan: Plan, federation: Federation) -> None:
             f"cohort: {describe(plan.cohort)} asks more clients than the {clients} there are; "
             "ask fewer, or say everyone"
         )
+    usual, least = plan.schedule.expected(plan.cohort.expected(clients)), plan.schedule.least
+    if max(usual, least) > clients:
+        raise PlanError(
+            f"schedule: {describe(plan.schedule)} waits for the replies of more clients than the "
+            f"{clients} there are; lower {'size' if usual > clients else 'minimum'}"
+        )
     try:
         plan.availability.true_rates(federation.crowd(plan.seed))
     except FedPeftError as error:
@@ -126,6 +133,11 @@ def _warnings(plan: Plan, federation: Federation, shapes: Shapes, found: Outline
         yield "holdout: no client has held-out records, so there is no federated evaluation"
     if plan.evaluations == ("test",) and not tested:
         yield "evaluate: there is no test set, so nothing is evaluated"
+    if plan.schedule.hurried and not (plan.latency.timed or is_scattered(plan)):
+        yield (
+            "schedule: in a simulation without latency all reply at once, so no deadline passes "
+            "and the first are those by name; say latency: lognormal"
+        )
     if plan.comparisons and not tested:
         yield "compare: needs a test set, and the data line has none"
 

@@ -46,7 +46,7 @@ class Report:
     """What one round was: who replied, who was refused and why, bytes and training metrics.
 
     ``up`` counts all that came, and its sections where it could be used. ``spread`` is how updates
-    differ, see ``diagnostics.py``.
+    differ, see ``diagnostics.py``; ``weights`` what each update counted, its staleness included.
     """
 
     replied: Sequence[str]
@@ -54,6 +54,7 @@ class Report:
     up: Bytes
     metrics: Metrics
     spread: Metrics
+    weights: Weights
 
 
 def server_round(
@@ -102,7 +103,8 @@ def server_round(
         fold = fold.plus(step.fold, round, {*acks.values()})
     mirror = moved(plan, tables, state.mirror, params, round, {*acks.values()})
     metrics, spread = _metrics(intake.used), intake.spread.told()
-    report = Report(intake.names, intake.refused, intake.up, metrics, spread)
+    used = Weights({update.client: update.weight for update in intake.used}, weights.denominator)
+    report = Report(intake.names, intake.refused, intake.up, metrics, spread, used)
     counted = [client for client in intake.names if weights.of[client]]
     learned = state.learned.after(plan.weighting, population, counted)
     kept, once = step.kept, state.once

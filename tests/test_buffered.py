@@ -161,6 +161,9 @@ def test_it_is_the_paper_s_algorithm(fields: str, oracle: Asynchronous) -> None:
     found, (models, stale) = rounds(run, 25), oracle.states(world(), 25)
     for at, (x, ages) in enumerate(zip(models, stale, strict=True)):
         np.testing.assert_allclose(found[at].state.params["x"], x, rtol=2e-5, atol=2e-6)
+        line, counts = found[at].line, [oracle.factors[age] / oracle.size for age in ages]
+        weights = tuple(line[f"weight_{name}"] for name in ("least", "most", "sum"))
+        assert weights == pytest.approx((min(counts), max(counts), sum(counts)))
         told = found[at].line["staleness"]
         assert [int(age) for age, n in told.items() for _ in range(n)] == ages
     given_up = {c for at in found for c in at.line.get("refused", {})}

@@ -323,5 +323,10 @@ def test_what_they_need_is_said() -> None:
     for correction in ("admm", "admm_robust"):
         with pytest.raises(PlanError, match=r"say weighting: uniform\(denominator='population'"):
             plan(1, correction=correction)
+        for optimizer in ("sgd(momentum=0.8)", "sgd(lr=0.5)", "adam"):
+            with pytest.raises(PlanError, match="as it is: say optimizer: sgd"):
+                plan(1, correction=correction, optimizer=optimizer, **POPULATION)
+    with pytest.raises(PlanError, match="p draws anchors, every has all be ones at times"):
+        plan(1, correction="fedamd(p=0.9, every=3)")
     with pytest.raises(PlanError, match="use the codec without feedback"):
         plan(1, correction="fedamd", uplink="feedback(topk)")

@@ -326,6 +326,11 @@ def test_engines_agree_and_the_model_is_another_than_without(bert: Path) -> None
         ({"correction": "scaffold"}, "this correction's state is of the newest"),
         ({"uplink": "feedback(topk)"}, "would take what earlier updates lost for local training"),
         ({"weighting": "fedau"}, "has no rounds that a client takes part in"),
+        (
+            {"weighting": "uniform", "privacy": "record(noise_multiplier=1.0)"},
+            "hides what a client's records are like, and the schedule means to find it",
+        ),
+        ({"privacy": "user(noise_multiplier=1.0)"}, "single ones would be kept or looked into"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(

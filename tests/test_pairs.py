@@ -405,9 +405,10 @@ def test_a_promise_to_clients_that_overlap_goes_with_what_tells_nothing_by_time(
 UNHIDDEN: Mapping[str, set[str]] = {
     "aggregator": {"regmean"},
     "correction": {"fedamd", "scaffold_i", "fedavg_m_vr", "scaffold_m_vr", "admm_robust"},
+    "schedule": {"inversion"},
     "weighting": {"examples", "fednova"},
 }
-"""What looks at records beside a client's steps, or tells how many there are."""
+"""What looks at records beside a client's steps or for what is like them, or counts them."""
 
 
 @pytest.mark.parametrize("line", [line for line in OPTIONS if line != "privacy"])

@@ -420,7 +420,7 @@ def test_the_preview_says_how_often_and_for_how_many_rounds(bert: Path) -> None:
     [
         ({"schedule": "sync"}, "which schedule: buffered without compensation counts"),
         ({"schedule": "sync(over=2)"}, "which schedule: buffered without compensation counts"),
-        ({"schedule": "buffered(size=2, compensation=0.1)"}, "what a single client's records"),
+        ({"schedule": "buffered(size=2, compensation=0.1)"}, "single ones would be kept or looked"),
         ({"schedule": "inversion(buffered)"}, "what a single client's records are like"),
         ({"privacy": SECRET.replace("clip", "quantile=0.5, clip")}, "leave quantile out"),
         ({"privacy": "user(noise_multiplier=1, participations=0)"}, "participations"),

@@ -12,6 +12,7 @@ from fedpeft.types import Local, Tensors
 NEEDS: Mapping[str, str] = {
     "mean-over-all": "the server's model is the mean of what all clients last sent, and they send "
     "the change of it: say weighting: uniform(denominator='population')",
+    "adds-updates": "the server's model is what it adds up, as it is: say optimizer: sgd",
     "linear": "the server's model is a mean of what clients send: say aggregator: mean",
 }
 

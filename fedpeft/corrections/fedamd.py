@@ -8,10 +8,13 @@ from typing import ClassVar
 import numpy as np
 
 from fedpeft.corrections import _control
+from fedpeft.errors import SpecError
 from fedpeft.rng import derive
 from fedpeft.spec import bounded, method
 from fedpeft.tensors import prefixed, zeros_like
 from fedpeft.types import Correction, Local, Stacked, Tensors, Update
+
+_P = 0.2
 
 
 @method
@@ -26,7 +29,7 @@ class FedAmd(Correction):
     theirs.
     """
 
-    p: float = bounded(default=0.2, above=0, below=1)
+    p: float = bounded(default=_P, above=0, below=1)
     every: int | None = bounded(default=None, low=2)
 
     offers: ClassVar[Mapping[str, str]] = _control.READS
@@ -36,6 +39,11 @@ class FedAmd(Correction):
         "gradient, the other steps: use the codec without feedback",
     }
     remembers: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """Raise ``SpecError`` for two rules of who is an anchor."""
+        if self.every is not None and self.p != _P:
+            raise SpecError("fedamd: p draws anchors, every has all be ones at times; give one")
 
     def server_init(self, params: Tensors) -> Tensors:
         """``g`` = 0."""

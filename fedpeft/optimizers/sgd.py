@@ -21,7 +21,9 @@ class Sgd:
     def offers(self) -> Mapping[str, str]:
         """With the defaults the aggregate is added as it is."""
         plain = self.lr == 1 and not self.momentum
-        return {} if plain else {"entrywise": "scales or remembers every entry"}
+        if plain:
+            return {"adds-updates": "adds the aggregate as it is"}
+        return {"entrywise": "scales or remembers every entry"}
 
     def init(self, params: Tensors) -> Tensors:
         """Return a zero velocity where there is momentum."""

@@ -47,6 +47,8 @@ class Record(Privacy):
     refuses: ClassVar[Mapping[str, str]] = {
         "counts-records": "a client's weight tells how many records it has, and no noise covers "
         "that; use weighting: uniform",
+        "inverts-updates": "hides what a client's records are like, and the schedule means to find "
+        "it; leave inversion out",
     }
 
     def check(self) -> None:

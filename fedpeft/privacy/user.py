@@ -84,8 +84,11 @@ class User(Privacy):
             "asks": "answers are neither clipped nor noised; use aggregator: mean",
             "learns-participation": "weights that follow from who took part are private; use "
             "weighting: uniform(denominator='expected')",
-            "reads-single-updates": "works out what a single client's records are like; use "
-            "schedule: sync",
+            "reads-single-updates": "is about the noised sum of updates, and single ones would be "
+            "kept or looked into; use weighting: uniform(denominator='expected') and schedule: "
+            "sync",
+            "inverts-updates": "works out what a single client's records are like; use schedule: "
+            "sync",
             "keeps-updates": "one update would count in every later round, and noise covers one; "
             "use weighting: uniform(denominator='expected')",
         }

@@ -52,6 +52,11 @@ class Buffered(Schedule):
         return {"counts-turns": "asks by chance alone, and an update counts at most its weight"}
 
     @property
+    def hurried(self) -> bool:
+        """With a deadline."""
+        return self.deadline is not None
+
+    @property
     def needs(self) -> Mapping[str, str]:
         """Who must not mind updates from older versions."""
         found = {

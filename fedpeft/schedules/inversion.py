@@ -67,7 +67,9 @@ class Inversion(Schedule):
     def offers(self) -> Mapping[str, str]:
         """That it looks into single updates."""
         reads = "looks for records that explain a single client's update"
-        return {**getattr(self.schedule, "offers", {}), "reads-single-updates": reads}
+        inverts = "means to find what is like a client's records"
+        found = {"reads-single-updates": reads, "inverts-updates": inverts}
+        return {**getattr(self.schedule, "offers", {}), **found}
 
     @property
     def needs(self) -> Mapping[str, str]:
@@ -127,8 +129,13 @@ class Inversion(Schedule):
         return self.schedule.aged(update, staleness, then, now)
 
     @property
-    def least(self) -> int:
+    def hurried(self) -> bool:
         """That of the schedule, as all below."""
+        return self.schedule.hurried
+
+    @property
+    def least(self) -> int:
+        """Return how few replies are not used."""
         return self.schedule.least
 
     def ask(

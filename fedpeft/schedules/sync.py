@@ -47,6 +47,11 @@ class Sync(Schedule):
         }
 
     @property
+    def hurried(self) -> bool:
+        """With a deadline, or where the first replies are taken."""
+        return self.deadline is not None or self.over > 1
+
+    @property
     def least(self) -> int:
         """``minimum``."""
         return self.minimum

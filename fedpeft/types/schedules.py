@@ -81,6 +81,11 @@ class Schedule(Protocol):
     overlaps: ClassVar[bool] = False
 
     @property
+    def hurried(self) -> bool:
+        """Whether what is used depends on how long replies take."""
+        return False
+
+    @property
     def least(self) -> int:
         """Fewer replies than this are not used."""
         return 1
