@@ -200,7 +200,12 @@ def test_threads_are_those_of_each_worker_unless_the_engine_says_otherwise(
         engines.append(engine)
         raise PlanError("enough")
 
+    def hosts(self: Any, plans: Any) -> Any:  # of the whole runs of a sweep
+        engines.append(self)
+        raise PlanError("enough")
+
     monkeypatch.setattr("fedpeft.driver.simulate", simulate)
+    monkeypatch.setattr("fedpeft.engine.ray.Ray.hosts", hosts)
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
     if command == "sweep":
         plan = tmp_path / "sweep.yaml"

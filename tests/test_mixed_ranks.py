@@ -472,7 +472,7 @@ def test_clients_alone_keep_their_ranks(bert: Path, monkeypatch: pytest.MonkeyPa
         seen.extend(tensors)
         return evaluate(self, tensors, examples, width)
 
-    plan = mixed(bert, rounds=1, evaluate="test", compare="alone")
+    plan = mixed(bert, rounds=1, evaluate="test", compare="alone", holdout=0.0)
     rows = []
     for engine in ("inline", "inline(group=8)"):
         with monkeypatch.context() as patch:
