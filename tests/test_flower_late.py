@@ -230,6 +230,27 @@ def test_nodes_leave_and_others_take_their_place(bert: Path, tmp_path: Path) -> 
     assert "client-002" in history[-1]["replied"]
 
 
+def test_who_joins_and_plays_nobody_is_in_the_ledger(bert: Path, tmp_path: Path) -> None:
+    """A federation grows by nodes that the plan has no client for, or that play another's."""
+    plan = support_plan(bert, rounds=3, holdout=0, evaluate="")
+    grid = grid_of(plan, tmp_path / "out")
+    ids = grid.get_node_ids
+
+    def coming() -> Iterable[int]:
+        if sum(m.metadata.message_type == "train" for m in grid.sent) >= 4:
+            grid.nodes.update({998: 4, 999: 2})
+        return ids()
+
+    grid.get_node_ids = coming  # type: ignore[method-assign]
+    serve(grid)
+    _, history, _ = result_of(tmp_path / "out")
+    assert [len(line["replied"]) for line in history] == [4, 4, 4]
+    strays = {name: why for line in history for name, why in line.get("strays", {}).items()}
+    assert "as another node did" in strays["node 999"]
+    assert strays["node 998"].startswith("plays nobody: ")
+    assert len(strays) == 2
+
+
 def test_when_everybody_has_left_the_run_waits_and_then_ends(bert: Path, tmp_path: Path) -> None:
     plan = support_plan(bert, rounds=4, holdout=0, evaluate="")
     grid = grid_of(plan, tmp_path / "out", wait=0.3)

@@ -121,8 +121,8 @@ class GridEngine:
         self._flying.drop(flight)
 
     def strays(self) -> dict[str, str]:
-        """Return who has said something that nobody waited for, since this was last asked."""
-        return self._messages.strays()
+        """Return who has said something that nobody waited for, or plays nobody, since then."""
+        return {**self._messages.strays(), **self.nodes.strangers()}
 
     def exchange(
         self, requests: Iterable[tuple[str, Packed]]

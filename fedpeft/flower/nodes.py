@@ -10,7 +10,7 @@ from flwr.app import MessageType as Kind
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.errors import FedPeftError, RunError
+from fedpeft.errors import FedPeftError, RunError, printable
 from fedpeft.flower import errands
 from fedpeft.flower.errands import Answer, Crash, Post, Refusal, content_of
 from fedpeft.flower.messages import log, read_hello
@@ -18,6 +18,8 @@ from fedpeft.flower.roll import Roll
 from fedpeft.types import Population
 
 SLEEP = (0.05, 0.5)  # seconds between two looks for replies: the first, the longest
+_LONGEST = 300
+"""Characters of what a node says that the ledger has."""
 _GLANCE = 3.0  # seconds between two looks for nodes, while somebody is to be asked again
 
 
@@ -44,6 +46,11 @@ class Nodes:
     def there(self, client: str) -> bool:
         """Return whether the node of a client was there at the last look."""
         return self._roll.nodes.get(client) in self._present
+
+    def strangers(self) -> dict[str, str]:
+        """Return which nodes were found to play nobody, since this was last asked, and why."""
+        found, self._roll.strangers = self._roll.strangers, {}
+        return {node: printable(reason)[:_LONGEST] for node, reason in found.items()}
 
     def greet(
         self, expected: Mapping[str, int | None], version: str, plan: str, wait: float

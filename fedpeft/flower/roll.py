@@ -32,10 +32,13 @@ class Roll:
     roster: Callable[[], Mapping[int, str]] = dict
     records: dict[str, int] = field(default_factory=dict)
     refused: set[int] = field(default_factory=set)
+    strangers: dict[str, str] = field(default_factory=dict)
+    """Nodes that play nobody, and why; until the ledger has them."""
 
     def turn_away(self, node: int, problem: str) -> None:
         """Note why a node plays nobody."""
         self.refused.add(node)
+        self.strangers[f"node {node}"] = f"plays nobody: {problem}"
         self.problems.append(problem)
         log.warning("%s", problem)
 
@@ -78,6 +81,7 @@ class Roll:
             raise RunError(f"reads {what} than the server for this plan")
         if not hello.clients:
             log.warning("node %d is left out: the plan has no client for it", node)
+            self.strangers[f"node {node}"] = "plays nobody: the plan has no client for it"
         said = dict(zip(hello.clients, hello.records, strict=True))
         if self._own:
             said = {client: records or UNTOLD for client, records in said.items()}
