@@ -82,6 +82,7 @@ class Nodes:
             self.look()
             time.sleep(sleep)
             sleep = min(1.5 * sleep, SLEEP[1])
+        self._roll.strangers.clear()  # who stands by from the beginning is no stranger
         return [client for client in wanted if client in self._roll.nodes]
 
     def reachable(self, clients: Sequence[str]) -> Sequence[str]:
