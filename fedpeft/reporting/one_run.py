@@ -204,7 +204,3 @@ def missing(run: OneRun) -> Iterator[str]:
         and (plan.privacy.hides or releases.is_guarded(plan))
     ):
         yield "The same result again: noise and cohorts are secret and drawn anew by every run."
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
