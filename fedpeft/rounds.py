@@ -85,7 +85,8 @@ def server_round(
     if recall:
         stream = recall.changes(stream, sent.moving, weights)
     clip = state.coins.clip
-    if noised := released(plan, tables, state, population, stream, sent):
+    noised = released(plan, tables, state, population, stream, sent)
+    if noised:
         alone, clip = noised
         stream = iter([alone])
     step = plan.aggregator.reduce(stream, sent, weights)
@@ -95,7 +96,8 @@ def server_round(
         later = Later(plan.aggregator, tables.phases, intake.told, weights, sent)
         settled = later.settled(intake.answers, intake.names, ask, intake.note)
         step = replace(step, replaced={k: v.astype(np.float32) for k, v in settled.items()})
-    params, slots = _stepped(plan, tables, state, step)
+    rests = not (intake.counted or recall or noised)
+    params, slots = _stepped(plan, tables, state, step, rests=rests)
     control, params = _finished(plan, state, intake, sent, params)
     acks = {**state.acks, **intake.began}
     round, fold = state.round + 1, state.fold
@@ -137,6 +139,8 @@ class _Intake:
         self.answers = Sum(tables.phases[0][1], weights)
         self.refused: dict[str, str] = {}
         self.used: list[Update] = []
+        self.counted = 0
+        """How many of them went to the aggregator: all but those of anchors."""
         self.began: dict[str, int] = {}
         """The versions from which the updates that are used began."""
         self._answered: set[str] = set()
@@ -178,6 +182,7 @@ class _Intake:
             if sent := self._its(client):
                 update = replace(update, delta=padded([update.delta], up)[0], sent=sent)
             self.spread.add(update.delta)
+            self.counted += 1
             yield replace(update, answer={})
 
     def _aged(self, update: Update, version: int) -> Update:
@@ -227,8 +232,13 @@ def _recall(
     return Recall(state.last, store, state.round, population, pace)
 
 
-def _stepped(plan: Plan, tables: Tables, state: ServerState, step: Step) -> tuple[Tensors, Tensors]:
-    """Check a step and take it; return the adapter and the optimizer's slots after it."""
+def _stepped(
+    plan: Plan, tables: Tables, state: ServerState, step: Step, *, rests: bool
+) -> tuple[Tensors, Tensors]:
+    """Check a step and take it; return the adapter and the optimizer's slots after it.
+
+    The optimizer ``rests`` where no update came: momentum is not a reason to move on without any.
+    """
     up = tables.up(state.round)["adapter"]
     expected = {k: s for k, s in up.items() if k in state.params and k not in step.replaced}
     known = {k: v.shape for k, v in state.params.items() if k in step.replaced}
@@ -237,7 +247,10 @@ def _stepped(plan: Plan, tables: Tables, state: ServerState, step: Step) -> tupl
     if not {*step.fold} <= {*state.fold.tensors}:
         raise PlanError("aggregator: edits modules of the base that have no adapter")
     with np.errstate(over="ignore", invalid="ignore"):
-        moved, slots = plan.optimizer.step(state.params, step.delta, state.slots)
+        if rests:
+            moved, slots = {}, state.slots
+        else:
+            moved, slots = plan.optimizer.step(state.params, step.delta, state.slots)
     moved = {**moved, **step.replaced}
     if not all(map(is_finite, (moved, slots, step.fold, step.kept))):
         raise RunError(

@@ -70,6 +70,22 @@ def fedavg_m(world: World, beta: float = 0.3) -> list[F64]:
     return found
 
 
+def fedcm(world: World, alpha: float = 0.3, server_lr: float = 0.5) -> list[F64]:
+    """FedCM by its own paper: momentum on the way down, a server step of ``lr K server_lr``."""
+    x, momentum, found = ZERO, ZERO, []
+    for r, cohort in enumerate(world.cohorts):
+        moved = []
+        for i in cohort:
+            y = x
+            for s in world.batches(r, i):
+                y = y - LR * (alpha * world.gradient(i, y, s) + (1 - alpha) * momentum)
+            moved.append(y - x)
+        momentum = -sum(moved, ZERO) / (LR * STEPS * len(cohort))
+        x = x - server_lr * LR * STEPS * momentum
+        found.append(x)
+    return found
+
+
 def fedavg_m_vr(world: World, beta: float = 0.3) -> list[F64]:
     x, before, g, found = ZERO, ZERO, ZERO, []
     for r, cohort in enumerate(world.cohorts):
@@ -252,6 +268,15 @@ def test_it_is_the_algorithm_written_out(world: World, correction: str, apart: b
     assert np.abs(plain[-1] - found[-1]).max() > 1e-2  # its terms matter
 
 
+def test_the_preset_of_fedcm_is_its_algorithm(world: World) -> None:
+    trainer = f"plain(optimizer='sgd', lr={LR}, steps={STEPS}, batch=1)"
+    given = plan(ROUNDS, preset="fedcm(alpha=0.3, server_lr=0.5)", trainer=trainer)
+    names = world.made.clients
+    states = play(given, world.made, lambda r: [names[i] for i in world.cohorts[r]])
+    for state, wanted in zip(states, fedcm(world), strict=True):
+        np.testing.assert_allclose(after(state), wanted, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("correction", RULES)
 def test_with_a_lossy_uplink_control_follows_what_arrived(world: World, correction: str) -> None:
     """Both sides go on from the same: rounding stays rounding, and does not add up."""
@@ -314,6 +339,23 @@ def test_admm_rests_at_the_optimum_under_partial_participation(correction: str) 
     made = bowls(clients=8, width=3, seed=5)
     given = plan(200, correction=correction, **DRIFT, **POPULATION)
     assert tail(given, made, 0.1)["slope"] < 1e-3
+
+
+@pytest.mark.parametrize("optimizer", ["sgd(momentum=0.9)", "adam(lr=0.1)"])
+def test_where_nobody_moved_the_server_rests(world: World, optimizer: str) -> None:
+    """In rounds of anchors alone, and where nobody is there, momentum does not carry it on."""
+    lines = {"correction": "fedamd(every=3)", "optimizer": optimizer}
+    given = plan(6, trainer=f"plain(optimizer='sgd', lr={LR}, steps=2, batch=1)", **lines)
+    clients = world.made.clients
+    states = [*play(given, world.made, lambda r: [] if r == 2 else clients)]
+    x = [after(state) for state in states]
+    for at in (2, 3):  # nobody, then anchors alone
+        np.testing.assert_array_equal(x[at], x[1])
+        for name, slot in states[1].slots.items():
+            np.testing.assert_array_equal(states[at].slots[name], slot)
+    for one, other in ((0, 1), (3, 4), (4, 5)):
+        assert np.abs(x[other] - x[one]).max() > 1e-4
+    assert states[1].slots
 
 
 def test_what_they_need_is_said() -> None:

@@ -25,8 +25,11 @@ class FedAmd(Correction):
     and none in the others; all are in round 0. A miner follows ``u``, first the mean ``g`` of what
     the N clients last sent as anchors (zero before), and adds at each step the gradient of its
     batch where it is, minus that of the same batch where it was a step before. The aggregate is of
-    miners alone. The server keeps ``g`` alone, since anchors, who remember it, send the change of
-    theirs.
+    miners alone; where there are none, the adapter stays where it is. The server keeps ``g``
+    alone, since anchors, who remember it, send the change of theirs.
+
+    ``g`` is of models before the present one, and a server optimizer with momentum adds to that
+    delay: quadratics that ``sgd`` brings to rest diverge with a momentum of 0.8.
     """
 
     p: float = bounded(default=_P, above=0, below=1)

@@ -12,7 +12,8 @@ from fedpeft.spec import bounded, method
 class FedCm:
     """Local steps that mix the gradient with the last round's mean direction: ``fedavg_m``.
 
-    ``alpha`` is the gradient's share, ``fedavg_m``'s ``beta``. The values are ours.
+    ``alpha`` is the gradient's share, ``fedavg_m``'s ``beta``. The paper's server step is
+    ``server_lr`` times ``lr`` times the number of local steps. The values are ours.
     """
 
     alpha: float = bounded(default=0.1, above=0, high=1)
