@@ -247,11 +247,12 @@ def _stepped(
     if not {*step.fold} <= {*state.fold.tensors}:
         raise PlanError("aggregator: edits modules of the base that have no adapter")
     with np.errstate(over="ignore", invalid="ignore"):
-        if rests:
-            moved, slots = {}, state.slots
-        else:
-            moved, slots = plan.optimizer.step(state.params, step.delta, state.slots)
-    moved = {**moved, **step.replaced}
+        told = (
+            ({}, state.slots)
+            if rests
+            else plan.optimizer.step(state.params, step.delta, state.slots)
+        )
+    moved, slots = {**told[0], **step.replaced}, told[1]
     if not all(map(is_finite, (moved, slots, step.fold, step.kept))):
         raise RunError(
             f"round {state.round}: the server's step is not finite; lower the optimizer's lr or "

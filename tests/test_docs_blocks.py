@@ -17,6 +17,7 @@ from fedpeft.cli import app
 from fedpeft.deployment.client_file import load_client
 from fedpeft.deployment.server_file import _KEYS as KEYS
 from fedpeft.deployment.server_file import load_server
+from fedpeft.spec import build
 from fedpeft.sweep.search_file import read_search
 from fedpeft.sweep.sweep_file import read_sweep
 
@@ -59,7 +60,9 @@ def test_files_can_be_read(text: str, tmp_path: Path) -> None:
     lines = yaml.safe_load(text)
     file = tmp_path / "file.yaml"
     file.write_text(text)
-    if "axes" in lines:
+    if "search" in lines and "axes" not in lines:
+        assert build("search", lines["search"]).trials > 1
+    elif "axes" in lines:
         (tmp_path / "quickstart.yaml").write_text(yaml.safe_dump(SMALLEST))
         search = read_search(file)
         assert len(read_sweep(file) if search is None else search.ends()) > 1

@@ -146,14 +146,28 @@ def renyi(sampling: Sampling, noise_multiplier: float, rounds: int, delta: float
 @lru_cache(maxsize=1024)
 def one_round_s_rdp(sampling: Sampling, noise_multiplier: float) -> tuple[Any, Any]:
     """Return orders, and one round's Renyi divergence of each."""
-    from dp_accounting import NeighboringRelation
     from dp_accounting.rdp import RdpAccountant
 
-    fixed = sampling.kind == "fixed"
-    relation = NeighboringRelation.REPLACE_ONE if fixed else NeighboringRelation.ADD_OR_REMOVE_ONE
-    found = RdpAccountant(_ORDERS, neighboring_relation=relation)
+    found = RdpAccountant(_ORDERS, neighboring_relation=_relation(sampling))
     found.compose(_event(sampling, noise_multiplier))
     return found.orders, found.rdp
+
+
+def repeated(
+    sampling: Sampling, noise: float, rounds: int, mean: float, shape: float, delta: float
+) -> float:
+    """Return the epsilon of the best of a number of runs that is drawn, where it alone is seen.
+
+    The number has the truncated negative binomial distribution of this ``mean`` and ``shape``
+    (Papernot and Steinke 2021, arXiv 2110.03620).
+    """
+    from dp_accounting.dp_event import RepeatAndSelectDpEvent, SelfComposedDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
+    found = RdpAccountant(_ORDERS, neighboring_relation=_relation(sampling))
+    run = SelfComposedDpEvent(_event(uncapped(sampling), noise), rounds)
+    found.compose(RepeatAndSelectDpEvent(run, mean, shape))
+    return float(found.get_epsilon(delta))
 
 
 @lru_cache(maxsize=4096)
@@ -207,6 +221,13 @@ def _calibrated(sampling: Sampling, target: float, rounds: int, delta: float) ->
 
 def uncapped(sampling: Sampling) -> Sampling:
     return replace(sampling, size=None) if sampling.kind == "coins" else sampling
+
+
+def _relation(sampling: Sampling) -> Any:
+    from dp_accounting import NeighboringRelation
+
+    fixed = sampling.kind == "fixed"
+    return NeighboringRelation.REPLACE_ONE if fixed else NeighboringRelation.ADD_OR_REMOVE_ONE
 
 
 def _event(sampling: Sampling, noise_multiplier: float) -> Any:

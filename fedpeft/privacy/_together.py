@@ -49,6 +49,20 @@ def renyi(kinds: Sequence[Kind]) -> tuple[Sequence[float], Sequence[float]]:
     return each[0][0][0], sum(count * one for (_, one), count in each)
 
 
+@lru_cache(maxsize=256)
+def repeated(kind: Kind, each: int, mean: float, shape: float, delta: float) -> float:
+    """Return the epsilon of publishing nothing but the best trial, by Renyi divergences.
+
+    A trial is ``each`` runs of one kind. How many trials there are is drawn from the truncated
+    negative binomial of this ``shape`` and ``mean``, by secret coins and before anything is seen;
+    trials are drawn alike, each by itself (Papernot and Steinke 2021, arXiv 2110.03620, theorem 2,
+    as ``dp-accounting`` has it).
+    """
+    sampling, noise, count = kind
+    rounds = each * _accountant.felt(sampling, count)
+    return _accountant.repeated(sampling, noise, rounds, mean, shape, delta)
+
+
 def merged(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
     """Return equal kinds as one, in one order; each count is of a run of its own."""
     counts: dict[tuple[Sampling, float], int] = {}

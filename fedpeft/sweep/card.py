@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fedpeft.json_lines import mapping
 from fedpeft.past_run import read_runs
 from fedpeft.sweep import tuning
 from fedpeft.sweep.frontier import Point, frontier, points_of, usual_metric
@@ -22,6 +23,8 @@ def frontier_section(run: Path) -> str:
     folder = run.resolve().parent
     if not (folder / TABLE).exists():
         return ""
+    if alone := list(_best_alone(folder, run.resolve().name)):
+        return "\n".join(["", "## The search it is of", "", *alone, ""])
     runs = read_runs([folder])
     metric = usual_metric(runs)
     if metric is None:
@@ -34,6 +37,23 @@ def frontier_section(run: Path) -> str:
     if costs := list(tuning.as_text(tuning.spent_in(folder))):
         lines += ["", *(f"- {text.strip()}" for text in costs)]
     return "\n".join([*lines, ""])
+
+
+def _best_alone(folder: Path, run: str) -> Iterator[str]:
+    """Yield what is said of the best trial of a drawn number: of the others nothing may be."""
+    path = folder / tuning.COSTS
+    kept = (mapping(path.read_bytes()) or {}) if path.exists() else {}
+    if run not in kept.get("best", {}).get("runs", ()):
+        return
+    for cost in kept["costs"]:
+        if cost.get("best") is not None:
+            yield (
+                f"- The best trial of a number that was drawn: epsilon {cost['best']:.4g} of "
+                f"{cost['whom']} at delta {cost['delta']:g} (RDP), if nothing is published of the "
+                "others, nor how many there were."
+            )
+            if cost["simulated"]:
+                yield "- That is with real noise: these runs simulate it, and are NOT private."
 
 
 def _rows(front: Sequence[Point], metric: str, run: Path) -> Iterator[str]:

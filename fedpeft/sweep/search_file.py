@@ -21,6 +21,7 @@ from typing import Any
 
 from fedpeft.errors import FedPeftError, PlanError
 from fedpeft.plan import EVALUATIONS
+from fedpeft.rng import derive_seed
 from fedpeft.spec import build, describe, nearest
 from fedpeft.sweep.lines import check_line
 from fedpeft.sweep.sweep_file import (
@@ -46,6 +47,10 @@ class SearchFile:
     base: Mapping[str, Any]
     axes: Mapping[str, Range | Sequence[Choice]]
     seeds: Sequence[Choice]
+    said: str = ""
+    """The search as the file has it, where its number of trials was drawn."""
+    key: int = 0
+    """What seeds follow from then; which trial a run is of must not be seen from its plan."""
 
     @property
     def goal(self) -> str:
@@ -80,18 +85,29 @@ class SearchFile:
         trials, seeds = self.search.trials, len(self.seeds)
         each = f"{trials} trials" + (f" of {seeds} seeds" if seeds > 1 else "")
         return (
-            f"search: {describe(self.search)}: {each}, {trials * seeds} runs at most, "
+            f"search: {self.said or describe(self.search)}: {each}, {trials * seeds} runs at most, "
             f"{self.search.batch} trials at a time; the first of them:"
         )
 
     def cells(self, trial: int, point: Point) -> list[Cell]:
-        """Return the cells of a trial, one for each seed."""
+        """Return the cells of a trial, one for each seed.
+
+        Where the number of trials was drawn each has seeds of its own, so that a point that comes
+        up again is a run of its own.
+        """
         chosen = [Choice({"trial": trial}, {})]
         for name, axis in self.axes.items():
             value = point[name]
             known = {name: value}
             chosen.append(Choice(known, known) if isinstance(axis, Range) else axis[int(value)])
-        return [cell_of(self.base, [*chosen, seed]) for seed in self.seeds]
+        return [cell_of(self.base, [*chosen, seed]) for seed in self._seeds(trial)]
+
+    def _seeds(self, trial: int) -> Sequence[Choice]:
+        given = [choice.lines["seed"] for choice in self.seeds]
+        if not self.said or not all(isinstance(seed, int) for seed in given):
+            return self.seeds
+        own = [derive_seed(self.key, "trial", trial, seed) % 2**31 for seed in given]
+        return [Choice({"seed": seed}, {"seed": seed}) for seed in own]
 
 
 def read_search(path: str | Path) -> SearchFile | None:

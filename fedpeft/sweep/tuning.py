@@ -16,7 +16,7 @@ from fedpeft.federation import deal
 from fedpeft.json_lines import mapping, read_lines
 from fedpeft.plan import Plan
 from fedpeft.plan import read_lines as read_plan_lines
-from fedpeft.privacy._together import Kind, composed, merged
+from fedpeft.privacy._together import Kind, composed, merged, repeated
 from fedpeft.types import Population, Scattered
 
 COSTS = "tuning.json"
@@ -41,7 +41,8 @@ class Promise:
 class Cost:
     """The (epsilon, delta) of publishing what is chosen among ``runs``; ``one`` is the worst's.
 
-    ``unpromised`` is how many runs on the same records promise nothing to anybody.
+    ``unpromised`` is how many runs on the same records promise nothing to anybody. ``best`` is the
+    epsilon of publishing the best trial and nothing else, where their number was drawn.
     """
 
     whom: str
@@ -54,6 +55,16 @@ class Cost:
     accountant: str
     one: float
     simulated: bool
+    best: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How the number of trials is drawn: its ``mean``, the ``shape``, and the runs of ``each``."""
+
+    mean: float
+    shape: float
+    each: int
 
 
 class Promises:
@@ -97,11 +108,12 @@ class Promises:
         return self._facts[key]
 
 
-def costs(runs: Iterable[tuple[str, Sequence[Promise]]]) -> list[Cost]:
+def costs(runs: Iterable[tuple[str, Sequence[Promise]]], draw: Draw | None = None) -> list[Cost]:
     """Return what choosing among runs costs, each given by its records and its promises.
 
     Promises between different neighbours, or on different records, are not added up. There is a
-    cost where two runs or more promise the same to the same.
+    cost where two runs or more promise the same to the same. With a ``draw`` these are all runs of
+    a search whose number of trials was drawn so, and there is one for a single run, too.
     """
     groups: dict[tuple[str, str, str], list[Promise]] = {}
     bare: dict[str, int] = {}
@@ -109,10 +121,14 @@ def costs(runs: Iterable[tuple[str, Sequence[Promise]]]) -> list[Cost]:
         bare[data] = bare.get(data, 0) + (not promises)
         for promise in promises:
             groups.setdefault((promise.whom, promise.relation, data), []).append(promise)
-    return [_cost(many, bare[data]) for (_, _, data), many in groups.items() if len(many) > 1]
+    return [
+        _cost(many, bare[data], draw)
+        for (_, _, data), many in groups.items()
+        if draw or len(many) > 1
+    ]
 
 
-def _cost(many: Sequence[Promise], unpromised: int) -> Cost:
+def _cost(many: Sequence[Promise], unpromised: int, draw: Draw | None) -> Cost:
     first, delta = many[0], min(promise.delta for promise in many)
     epsilon, accountant = composed(merged([promise.kind for promise in many]), delta)
     one = max(composed(merged([promise.kind]), delta)[0] for promise in many)
@@ -127,7 +143,16 @@ def _cost(many: Sequence[Promise], unpromised: int) -> Cost:
         accountant=accountant,
         one=one,
         simulated=all(promise.simulated for promise in many),
+        best=None if unpromised else _of_best(many, delta, draw),
     )
+
+
+def _of_best(many: Sequence[Promise], delta: float, draw: Draw | None) -> float | None:
+    """Return the epsilon of the best trial alone; ``None`` where runs promise different things."""
+    kinds = {promise.kind for promise in many}
+    if draw is None or len(kinds) > 1:
+        return None
+    return repeated(kinds.pop(), draw.each, draw.mean, draw.shape, delta)
 
 
 def as_text(found: Sequence[Cost]) -> Iterator[str]:
@@ -138,6 +163,11 @@ def as_text(found: Sequence[Cost]) -> Iterator[str]:
             f"{cost.whom} at delta {cost.delta:g}: all of them together, by {cost.accountant}"
             + (f" (one alone: {cost.one:.4g})" if cost.one < cost.epsilon else "")
         )
+        if cost.best is not None:
+            yield (
+                f"  epsilon {cost.best:.4g} where nothing but the best trial is published, neither "
+                "another's score nor how many there were: their number was drawn (by RDP)"
+            )
         if cost.simulated:
             yield "  so it would be with real noise: these runs simulate it, and are NOT private"
         if cost.unpromised:
@@ -147,8 +177,8 @@ def as_text(found: Sequence[Cost]) -> Iterator[str]:
             )
 
 
-def spent_in(out: Path, promises: Promises | None = None) -> list[Cost]:
-    """Return what choosing among all runs of a folder costs.
+def spent_in(out: Path, promises: Promises | None = None, draw: Draw | None = None) -> list[Cost]:
+    """Return what choosing among all runs of a folder costs, with a ``draw`` as in :func:`costs`.
 
     Those that failed, or that no file names any more, have looked at the records as well, if they
     have a round. What cannot be read is left out.
@@ -165,4 +195,4 @@ def spent_in(out: Path, promises: Promises | None = None) -> list[Cost]:
             found.append((data, known.of(plan, data)))
         except (FedPeftError, KeyError, IndexError, TypeError):
             continue
-    return costs(found)
+    return costs(found, draw)

@@ -59,7 +59,7 @@ from fedpeft.types.presets import Preset
 from fedpeft.types.privacy import Privacy, Rationed
 from fedpeft.types.sampling import Cohort, Drawn, Sampled, Sampling
 from fedpeft.types.schedules import Converting, Flight, Schedule, Stale, Standing
-from fedpeft.types.search import Point, Range, Search, Space, Trial
+from fedpeft.types.search import Point, Range, Repeating, Search, Space, Trial
 from fedpeft.types.simulation import Availability, Crowd, Latency, Presence, Simulation
 from fedpeft.types.tracking import Tracked, Tracker, Tracking
 from fedpeft.types.training import Fit, Job, Paced, Personal, Summing, Trainer
@@ -111,6 +111,7 @@ __all__ = [
     "Probing",
     "Ranked",
     "Range",
+    "Repeating",
     "Rationed",
     "Recalling",
     "Restarting",

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
+from fedpeft.types.basics import Rng
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -71,4 +73,22 @@ class Search(Protocol):
         A pure function of its arguments and the method's fields: ``trials`` are all that were asked
         for before, whole batches of them in their order. So a search is rebuilt from results alone.
         """
+        ...
+
+
+@runtime_checkable
+class Repeating(Protocol):
+    """A search whose points are drawn alike, each by itself, as many as chance says.
+
+    Choosing the best of so many costs little more privacy than one of them, if nothing else is
+    published (Papernot and Steinke 2021, arXiv 2110.03620). Its ``trials`` are the mean.
+    """
+
+    @property
+    def shape(self) -> float | None:
+        """The shape of the truncated negative binomial that is drawn from; ``None`` for none."""
+        ...
+
+    def settled(self, rng: Rng) -> Search:
+        """Return the search with its number of trials, and the seed of its points, drawn."""
         ...
