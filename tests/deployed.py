@@ -22,6 +22,7 @@ from fedpeft.deployment.server import control_of
 from fedpeft.deployment.server_file import ServerFile, load_server
 from fedpeft.deployment.signing import make_owner
 from fedpeft.flower.control import Control
+from fedpeft.flower.environment import quiet
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -29,16 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 def environment(**own: str) -> dict[str, str]:
     """Return that of Flower's processes, which find this repository's fedpeft."""
-    return {
-        **os.environ,
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        **own,
-    }
+    return quiet(**{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **own})
 
 
 class Deployment:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +14,7 @@ import pytest
 from fedpeft.addresses import free_port
 from fedpeft.deployment import certificates, handshake
 from fedpeft.errors import SiteError
+from fedpeft.flower.environment import quiet
 
 
 def eventually(is_so: Callable[[], bool], seconds: float = 120.0) -> bool:
@@ -53,13 +52,7 @@ def test_a_known_site_joins_over_tls_and_an_unknown_one_does_not(tmp_path: Path)
         '[superlink]\ndefault = "here"\n\n[superlink.here]\n'
         f'address = "localhost:{port}"\nroot-certificates = "{certs / "ca.crt"}"\n'
     )
-    env = os.environ | {
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+    env = quiet(FLWR_HOME=str(home))
 
     def flwr(*arguments: str) -> str:
         command = ["flwr", "supernode", *arguments]

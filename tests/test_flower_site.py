@@ -38,6 +38,7 @@ from fedpeft.addresses import free_port
 from fedpeft.deployment.here import owners
 from fedpeft.deployment.signing import hash_of, make_owner, sign
 from fedpeft.errors import SiteError
+from fedpeft.flower.environment import quiet
 from fedpeft.flower.messages import REFUSED
 from fedpeft.flower.site import Admission, _check_size, guard
 from tests.test_certificates_slow import eventually, process
@@ -394,19 +395,12 @@ supernode(sys.argv[2:], lambda: known, lambda: False)
 @pytest.fixture
 def federation(tmp_path: Path, keys: Path) -> Iterator[tuple[Callable[..., Any], Path]]:
     """A SuperLink and a site whose owner is alice; what submits a run and returns what it told."""
-    port, env = (
-        free_port(),
-        os.environ
-        | {
-            "FLWR_HOME": str(tmp_path / "flwr"),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "MARK": str(tmp_path / "marks"),
-            "TOLD": str(tmp_path / "told"),
-            "PYTHONPATH": str(ROOT),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        },
+    port = free_port()
+    env = quiet(
+        FLWR_HOME=str(tmp_path / "flwr"),
+        MARK=str(tmp_path / "marks"),
+        TOLD=str(tmp_path / "told"),
+        PYTHONPATH=str(ROOT),
     )
     link = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
     node = [sys.executable, "-c", NODE, str(keys / "alice" / "owner.pub"), "--insecure"]

@@ -8,7 +8,6 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from fedpeft.addresses import free_port
 from fedpeft.driver import simulate
 from fedpeft.federation import deal
 from fedpeft.flower.config import as_toml
+from fedpeft.flower.environment import quiet
 from fedpeft.ledger import OnDiskLedgers
 from tests.tiny import support_plan, tiny_bert
 from tests.waiting import HANGS, wait_until
@@ -31,18 +31,14 @@ ROOT = Path(__file__).parents[1]
 def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
     """An environment of its own; the SuperLink that ``flwr run`` leaves behind is stopped."""
     ports = [free_port(), free_port()]
-    env = os.environ | {
-        "FLWR_HOME": str(tmp_path / "flwr"),
-        "FEDPEFT_HOME": str(tmp_path / "home"),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(ports[0]),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(ports[1]),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+    env = quiet(
+        FLWR_HOME=str(tmp_path / "flwr"),
+        FEDPEFT_HOME=str(tmp_path / "home"),
+        FLWR_LOCAL_SUPERLINK_HTTP_API_PORT=str(ports[0]),
+        FLWR_LOCAL_CONTROL_API_PORT=str(ports[1]),
+        RAY_USAGE_STATS_ENABLED="0",
+        OMP_NUM_THREADS="1",
+    )
     try:
         yield env
     finally:

@@ -32,6 +32,7 @@ from fedpeft.deployment.tied import Tied
 from fedpeft.deployment.voice import Voice
 from fedpeft.durable import acquire, make_folder, make_private_folder, remove_folder, replace_file
 from fedpeft.errors import FedPeftError, RunError
+from fedpeft.flower.environment import quiet
 
 _TICK = 0.2
 _POLL = "0.2"
@@ -77,22 +78,16 @@ def look(file: ClientFile, voice: Voice) -> None:
 
 def environment(file: ClientFile) -> dict[str, str]:
     """Return the environment of a site's processes: its own settings over this process'."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    warm = os.environ.get("FEDPEFT_WARM") or str(file.home / "warm")
-    return {
-        **os.environ,
+    own = {
         CLIENT: str(file.path),
         "FEDPEFT_HOME": str(file.home),
-        "FEDPEFT_WARM": warm,
+        "FEDPEFT_WARM": os.environ.get("FEDPEFT_WARM") or str(file.home / "warm"),
         "FLWR_HOME": str(file.home / "flwr"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _POLL,
         "OMP_NUM_THREADS": str(file.threads),
-        "PATH": path,
         "PYTHONUNBUFFERED": "1",
     }
+    return quiet(**own)
 
 
 class Client:

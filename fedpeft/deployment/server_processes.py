@@ -9,13 +9,13 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from fedpeft.deployment.files import load_certificate, names_in
 from fedpeft.deployment.gate import MARK
 from fedpeft.deployment.roster import ROSTER
 from fedpeft.deployment.server_file import ServerFile
 from fedpeft.errors import SiteError
+from fedpeft.flower.environment import quiet
 
 TOKEN = "control.token"
 """The file in a server's home that opens what starts runs."""
@@ -72,18 +72,13 @@ def superexec(file: ServerFile, env: Mapping[str, str]) -> list[str]:
 
 def environment(file: ServerFile) -> dict[str, str]:
     """Return the environment of both, which server apps inherit."""
-    own = {
-        "FLWR_HOME": str(file.home / "flwr"),
-        "FEDPEFT_HOME": str(file.home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "OMP_NUM_THREADS": str(file.threads),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
-    }
-    if file.keys:
-        own[ROSTER] = str(file.home / "roster.json")
-    return {**{k: v for k, v in os.environ.items() if k != ROSTER}, **own}
+    found = quiet(
+        FLWR_HOME=str(file.home / "flwr"),
+        FEDPEFT_HOME=str(file.home),
+        OMP_NUM_THREADS=str(file.threads),
+    )
+    found.pop(ROSTER, None)
+    return {**found, ROSTER: str(file.home / "roster.json")} if file.keys else found
 
 
 def check_name(file: ServerFile) -> None:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import psutil
 import yaml
@@ -19,6 +18,7 @@ import yaml
 from fedpeft.addresses import free_port
 from fedpeft.deployment.submissions import find
 from fedpeft.federation import deal
+from fedpeft.flower.environment import quiet
 from fedpeft.plan import Plan
 from fedpeft.types import Row
 from simulations._machines.relay import Relay
@@ -265,14 +265,6 @@ def _plays(role: str, line: str) -> bool:
     return ROLES[role] in line and not tied
 
 
-def _environment() -> dict[str, Any]:
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-    }
+def _environment() -> dict[str, str]:
+    found = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return quiet(PYTHONPATH=found, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")

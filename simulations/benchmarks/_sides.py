@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.addresses import free_port
+from fedpeft.flower.environment import quiet
 from simulations.benchmarks import _processes
 
 ROOT = Path(__file__).parents[2]
@@ -114,17 +115,13 @@ def _flower(
     command = [str(bin / "flwr"), "run", str(app), "--stream"]
     command += ["--federation-config", resources, "--run-config", config]
     ports = [free_port(), free_port()]
-    env = os.environ | {
-        "FLWR_HOME": str(own / "home"),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(ports[0]),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(ports[1]),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PATH": f"{bin}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"),
-    }
+    env = quiet(
+        FLWR_HOME=str(own / "home"),
+        FLWR_LOCAL_SUPERLINK_HTTP_API_PORT=str(ports[0]),
+        FLWR_LOCAL_CONTROL_API_PORT=str(ports[1]),
+        RAY_USAGE_STATS_ENABLED="0",
+        PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"),
+    )
     return _answer(own, _processes.run(command, env, own, own / "log"))
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from fedpeft.broadcasts import broadcast, header
 from fedpeft.client_rounds import client_round
+from fedpeft.flower.environment import QUIET
 from fedpeft.memory import Memory
 from fedpeft.plan import Plan
 from fedpeft.rounds import server_round
@@ -167,9 +168,7 @@ def flower(shapes: Shapes, tasks: int, rounds: int) -> list[float]:
 def measure(quick: bool) -> dict[str, Any]:
     """Return medians for both sizes and both sides."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    os.environ.update(
-        FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0"
-    )
+    os.environ.update(QUIET, RAY_USAGE_STATS_ENABLED="0")
     tasks, rounds = 10, 5 if quick else 20
     rows = []
     for name, shapes in (("4 MB in 64 tensors", LARGE), ("tiny, 4 tensors", TINY)):
