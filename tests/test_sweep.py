@@ -328,7 +328,8 @@ def test_a_check_runs_nothing(
 
 
 def test_a_terminal_shows_what_runs_and_what_is_left() -> None:
-    cells = [Cell({"uplink": "raw", "seed": seed}, {}, None) for seed in range(4)]
+    names = ["raw", "raw", "raw", "half"]
+    cells = [Cell({"uplink": u, "seed": seed}, {}, None) for seed, u in enumerate(names)]
     console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
     with SweepScreen(cells, console) as screen:
         screen.say(["4 runs"])
@@ -353,3 +354,15 @@ def test_elsewhere_there_are_lines_alone(capsys: pytest.CaptureFixture[str]) -> 
         screen.rounds(0, 1, 2)
         screen.outcome(0, Outcome(cells[0], "kept", "x", {"last": {"test/loss": 1.0}}))
     assert capsys.readouterr().out == "1/1 kept   seed=0: test/loss 1.0000\n"
+
+
+def test_the_screen_tells_runs_by_what_differs() -> None:
+    cells = [Cell({"uplink": "raw", "clients": 4, "seed": s}, {}, None, "no plan") for s in (0, 1)]
+    for shown, line in (
+        (cells, "1/2 failed seed=0: no plan"),
+        (cells[:1], "clients=4, seed=0: no"),
+    ):
+        stream = io.StringIO()
+        screen = SweepScreen([*shown], Console(file=stream, soft_wrap=True))
+        screen.outcome(0, Outcome(cells[0], "failed", "run", problem="no plan"))
+        assert line in stream.getvalue()

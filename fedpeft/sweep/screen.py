@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -29,6 +29,7 @@ class SweepScreen:
     ) -> None:
         self._console = console or Console(soft_wrap=True, markup=False, highlight=False)
         self._cells, self._total = cells, len(cells) if total is None else total
+        self._fixed = _fixed(cells)
         self._running: dict[int, tuple[int, int, float]] = {}
         self._counts = {"done": 0, "kept": 0, "failed": 0}
         self._spent, self._began = 0.0, time.monotonic()
@@ -62,7 +63,7 @@ class SweepScreen:
         self._running.pop(number, None)
         self._counts[outcome.status] += 1
         score = note(outcome.table.get("last", {})) if outcome.table else outcome.problem
-        values = told(outcome.cell.values)
+        values = self._told(outcome.cell)
         self._console.print(
             f"{sum(self._counts.values())}/{self._total} {outcome.status:6} {values}: {score}",
             style=_STYLES.get(outcome.status, ""),
@@ -79,7 +80,7 @@ class SweepScreen:
         table = Table.grid(padding=(0, 2))
         for number, (done, rounds, began) in sorted(self._running.items()):
             table.add_row(
-                told(self._cells[number].values),
+                self._told(self._cells[number]),
                 ProgressBar(total=rounds, completed=done, width=20),
                 f"round {done}/{rounds}",
                 _long(time.monotonic() - began),
@@ -88,10 +89,21 @@ class SweepScreen:
         whole.add_row(ProgressBar(total=total, completed=ended, width=40), ", ".join(parts))
         return Group(whole, table)
 
+    def _told(self, cell: Cell) -> str:
+        return told({k: v for k, v in cell.values.items() if k not in self._fixed})
+
 
 def told(values: Mapping[str, Any]) -> str:
     """Return the values of a cell in a line."""
     return ", ".join(f"{k}={v}" for k, v in values.items())
+
+
+def _fixed(cells: Sequence[Cell]) -> set[str]:
+    """Return the axes on which all of several cells are the same: they tell nobody which it is."""
+    if len(cells) < 2:
+        return set()
+    first = cells[0].values
+    return {k for k, v in first.items() if all(cell.values.get(k) == v for cell in cells)}
 
 
 def _long(seconds: float) -> str:
