@@ -288,6 +288,9 @@ def test_who_draws_again_is_refused(bert: Path, tmp_path: Path) -> None:
     more = "random(trials=9, batch=2, maximize='test/accuracy', count='geometric')"
     with pytest.raises(RunError, match=r"drawn.json: the number of trials was drawn for random"):
         command.sweep(drawn_search(bert, tmp_path, search=more), out, place)
+    (out / "drawn.json").unlink()
+    with pytest.raises(RunError, match="runs from before the trials were drawn; use another"):
+        command.sweep(drawn_search(bert, tmp_path), out, place)
     (out / "drawn.json").write_text("{")
     with pytest.raises(RunError, match=r"drawn.json: holds no draw; restore it, or use another"):
         command.sweep(drawn_search(bert, tmp_path), out, place)

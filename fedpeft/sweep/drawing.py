@@ -34,7 +34,7 @@ def settled(file: SearchFile, out: Path, *, secret: bool) -> SearchFile:
     """Return the search with the number of trials, and the seed, that were drawn for ``out``.
 
     They are drawn where that has not been done: by secret coins, or by the search's own seed.
-    Raises ``RunError`` where they were drawn for another search, or are lost.
+    Raises ``RunError`` where they were drawn for another search, or are lost, or come too late.
     """
     search = file.search
     if not isinstance(search, Repeating):
@@ -43,6 +43,10 @@ def settled(file: SearchFile, out: Path, *, secret: bool) -> SearchFile:
     with locked(out, "sweep"):
         path = out / DRAWN
         if not path.exists():
+            if any(out.glob("*/run.json")):
+                raise RunError(
+                    f"{out}: has runs from before the trials were drawn; use another folder"
+                )
             rng = np.random.default_rng(secrets.randbits(128)) if secret else derive(0, said)
             drawn = {"settled": describe(search.settled(rng)), "key": int(rng.integers(2**63))}
             about = {"search": said, **drawn}
